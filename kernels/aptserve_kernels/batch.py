@@ -1,0 +1,108 @@
+"""What an attention operation is told about a batch: tables, lengths, parameters, projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from aptserve_kernels.geometry import UnitGeometry
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """Scores are ``s = scaling · q·k``, capped to ``softcap · tanh(s / softcap)``.
+
+    A token sees ``window`` tokens, itself included; None: all before it.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """Sequences with one query row each, all in one tier.
+
+    ``tables``: ``[batch, max_blocks, units_per_block]`` int64 unit numbers, unused entries 0.
+    ``lengths``: ``[batch]`` int64, cached tokens including the one just written, each >= 1.
+    An implementation may keep what it derives from these for the other layers of the same step.
+    """
+
+    tables: Tensor
+    lengths: Tensor
+    geometry: UnitGeometry
+    _derived: dict[Hashable, Any] = field(default_factory=dict)
+
+    def derived(self, key: Hashable, build: Callable[[], _T]) -> _T:
+        """The value built for ``key``, once per step."""
+        if key not in self._derived:
+            self._derived[key] = build()
+        value: _T = self._derived[key]
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSlots:
+    """Where the new tokens of a step go; computed once, used by every layer.
+
+    ``kv_rows`` and ``hidden_rows`` are row numbers of the flattened batch, None for all rows.
+    ``key_slots`` and ``value_slots`` index ``pool.view(-1, head_dim)``, one per (row, KV head);
+    ``hidden_slots`` index ``pool.view(-1, unit_width)``, one per (row, unit). Empty tensors where a
+    tier has no rows.
+    """
+
+    kv_rows: Tensor | None
+    key_slots: Tensor
+    value_slots: Tensor
+    hidden_rows: Tensor | None
+    hidden_slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMap:
+    """``x @ weight.T + bias``; ``weight`` is ``[out, in]``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to ``[..., in]``."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotation of the first ``cos.shape[-1]`` elements of each head by position.
+
+    ``cos`` and ``sin``: ``[positions, rotary_dim]``. ``interleaved`` pairs elements (2i, 2i+1),
+    otherwise (i, i + rotary_dim/2).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeyProjection:
+    """From hidden states to keys: a linear map, then a norm per head, then a rotation.
+
+    ``map.weight``: ``[num_kv_heads * head_dim, hidden_size]``. Only without ``norm`` and ``rotary``
+    can the map be folded into the query.
+    """
+
+    map: LinearMap
+    norm: Callable[[Tensor], Tensor] | None = None
+    rotary: Rotary | None = None
+
+    @property
+    def is_foldable(self) -> bool:
+        """Whether scores against keys equal scores of folded queries against hidden states."""
+        return self.norm is None and self.rotary is None
