@@ -1,0 +1,1 @@
+"""The worker's memory: units, block tables and the tensors behind them."""

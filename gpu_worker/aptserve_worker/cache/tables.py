@@ -1,0 +1,59 @@
+"""Block tables of all sequences, kept ready to be indexed by a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aptserve_worker.plan import Tier
+
+
+class BlockTables:
+    """For each tier a matrix ``[max_num_seqs, max_blocks, units_per_block]`` of unit numbers.
+
+    A sequence owns one row, the same in every tier; entries past its blocks are 0, which is a valid
+    unit number that is never attended to.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_blocks: int, units_per_block: dict[Tier, int]
+    ) -> None:
+        self.units_per_block = units_per_block
+        self._tables = {
+            tier: torch.zeros(max_num_seqs, max_blocks, units, dtype=torch.int64)
+            for tier, units in units_per_block.items()
+        }
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    def take_row(self) -> int | None:
+        """A row for a new sequence, or None when all are taken."""
+        return self._free_rows.pop() if self._free_rows else None
+
+    def give_row(self, row: int) -> None:
+        """The sequence of ``row`` is gone."""
+        self._free_rows.append(row)
+
+    def extend(self, tier: Tier, row: int, num_blocks: int, units: list[int]) -> int:
+        """Append ``units`` as whole blocks after the first ``num_blocks``; the new count."""
+        per_block = self.units_per_block[tier]
+        added = len(units) // per_block
+        table = self._tables[tier][row, num_blocks : num_blocks + added]
+        table.copy_(torch.tensor(units, dtype=torch.int64).view(added, per_block))
+        return num_blocks + added
+
+    def units(self, tier: Tier, row: int, num_blocks: int) -> list[int]:
+        """The unit numbers of a sequence."""
+        held: list[int] = self._tables[tier][row, :num_blocks].flatten().tolist()
+        return held
+
+    def table(self, tier: Tier, row: int, num_blocks: int) -> Tensor:
+        """``[num_blocks, units_per_block]`` of one sequence."""
+        return self._tables[tier][row, :num_blocks]
+
+    def gather(self, tier: Tier, rows: Tensor, num_blocks: int) -> Tensor:
+        """``[len(rows), num_blocks, units_per_block]`` of a batch."""
+        return self._tables[tier][:, :num_blocks].index_select(0, rows)
+
+    def units_at(self, tier: Tier, rows: Tensor, blocks: Tensor) -> Tensor:
+        """``[n, units_per_block]`` of the blocks ``blocks[i]`` of the sequences ``rows[i]``."""
+        return self._tables[tier][rows, blocks]

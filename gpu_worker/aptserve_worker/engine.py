@@ -1,0 +1,273 @@
+"""The engine: a plan in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from aptserve_worker.cache.allocator import UnitAllocator
+from aptserve_worker.cache.tables import BlockTables
+from aptserve_worker.calibration import UNCALIBRATED, Measured, Shape, calibrate
+from aptserve_worker.config import WorkerSettings
+from aptserve_worker.model.loading import LoadedModel, load_model
+from aptserve_worker.model.runner import ModelRunner, PoolSettings
+from aptserve_worker.model.step import Part, build_step
+from aptserve_worker.plan import (
+    BatchPlan,
+    EngineInfo,
+    FinishReason,
+    NewSequence,
+    PlanError,
+    ScheduledSequence,
+    SequenceOutput,
+    StepOutput,
+    Tier,
+    TierInfo,
+)
+from aptserve_worker.sampling import Sampled, sample
+from aptserve_worker.sequences import Sequence
+
+
+class ModelEngine:
+    """Runs plans on one model; implements :class:`aptserve_worker.plan.Engine`."""
+
+    def __init__(self, loaded: LoadedModel, settings: WorkerSettings) -> None:
+        """Attach caches, measure. Raises :class:`UnsupportedModelError`."""
+        self._runner = ModelRunner(
+            loaded,
+            PoolSettings(
+                block_size=settings.block_size,
+                units=settings.pool_units,
+                memory_bytes=settings.pool_memory,
+                tiers=settings.tiers,
+            ),
+        )
+        self._eos = tuple(loaded.eos_token_ids)
+        self._context_length = loaded.context_length
+        self._max_num_seqs = settings.max_num_seqs
+        self._max_num_batched_tokens = settings.max_num_batched_tokens
+        self._clear()
+        measured = calibrate(self, self._shape()) if settings.calibrate else UNCALIBRATED
+        self._clear()
+        self._info = self._describe(loaded, measured)
+
+    def _clear(self) -> None:
+        runner = self._runner
+        self._sequences: dict[int, Sequence] = {}
+        self.allocator = UnitAllocator(runner.pool.num_units)
+        self._tables = BlockTables(
+            self._max_num_seqs,
+            runner.geometry.num_blocks(self._context_length),
+            runner.units_per_block,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What to register."""
+        return self._info
+
+    def execute(self, plan: BatchPlan) -> StepOutput:
+        """Run one iteration. Raises :class:`PlanError` when the plan disagrees with the state."""
+        self.release(plan.release)
+        for sequence_id in plan.promote:
+            self._promote(sequence_id)
+        for new in plan.new:
+            self._add(new)
+        parts, skipped = self._parts(plan.scheduled)
+        if not parts:
+            return StepOutput((), skipped, (), self.allocator.num_free)
+        step = build_step(parts, self._tables, self._runner.geometry, self._runner.device)
+        logits = self._runner.forward(
+            step.token_ids, step.positions, step.attention, step.logit_rows
+        )
+        for part in parts:
+            part.sequence.num_computed += part.num_new
+        sequences = [part.sequence for part in step.sampled]
+        chosen = sample(logits, sequences, self._eos)
+        outputs, failures = self._append(sequences, chosen, [p.sequence for p in parts])
+        return StepOutput(outputs, skipped, failures, self.allocator.num_free)
+
+    def release(self, sequence_ids: Seq[int]) -> None:
+        """Forget sequences and free their units; unknown ids are ignored."""
+        for sequence_id in sequence_ids:
+            sequence = self._sequences.pop(sequence_id, None)
+            if sequence is not None:
+                self.allocator.free(
+                    self._tables.units(sequence.tier, sequence.row, sequence.num_blocks)
+                )
+                self._tables.give_row(sequence.row)
+
+    def reset(self) -> None:
+        """Forget every sequence."""
+        self.release(list(self._sequences))
+        self.allocator.check_integrity()
+
+    def _add(self, new: NewSequence) -> None:
+        if new.sequence_id in self._sequences:
+            raise PlanError(f"sequence {new.sequence_id} is new but known")
+        if new.tier not in self._runner.units_per_block:
+            raise PlanError(f"sequence {new.sequence_id} is in {new.tier.name}, not offered here")
+        row = self._tables.take_row()
+        if row is None:
+            raise PlanError(f"more than {self._max_num_seqs} sequences")
+        self._sequences[new.sequence_id] = Sequence.of(new, row)
+
+    def _parts(self, scheduled: Seq[ScheduledSequence]) -> tuple[list[Part], list[int]]:
+        """What to run, with units for it, and the sequences that have ended already."""
+        parts: list[Part] = []
+        skipped: list[int] = []
+        for entry in scheduled:
+            sequence = self._sequences.get(entry.sequence_id)
+            if sequence is None:
+                raise PlanError(f"sequence {entry.sequence_id} is scheduled but unknown")
+            if sequence.has_ended:
+                skipped.append(entry.sequence_id)
+                continue
+            end = entry.num_computed_tokens + entry.num_new_tokens
+            if (
+                entry.num_computed_tokens != sequence.num_computed
+                or entry.num_new_tokens < 1
+                or end > len(sequence.token_ids)
+                or end > self._context_length
+            ):
+                raise PlanError(
+                    f"sequence {entry.sequence_id}: plan computes [{entry.num_computed_tokens},"
+                    f" {end}), {sequence.num_computed} of {len(sequence.token_ids)} are computed"
+                )
+            self._grow(sequence, end)
+            parts.append(Part(sequence, entry.num_new_tokens))
+        return parts, skipped
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        missing = self._runner.geometry.num_blocks(num_tokens) - sequence.num_blocks
+        if missing <= 0:
+            return
+        units = self._allocate(missing * self._runner.units_per_block[sequence.tier])
+        sequence.num_blocks = self._tables.extend(
+            sequence.tier, sequence.row, sequence.num_blocks, units
+        )
+
+    def _allocate(self, count: int) -> list[int]:
+        units = self.allocator.allocate(count)
+        if units is None:
+            raise PlanError(f"the plan needs {count} units, {self.allocator.num_free} are free")
+        return units
+
+    def _promote(self, sequence_id: int) -> None:
+        """Hidden → KV: the sequence keeps its units and gets the difference."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            raise PlanError(f"sequence {sequence_id} is promoted but unknown")
+        if sequence.has_ended:
+            return
+        if sequence.tier is not Tier.HIDDEN or Tier.KV not in self._runner.units_per_block:
+            raise PlanError(f"sequence {sequence_id} cannot be promoted to KV")
+        row, blocks = sequence.row, sequence.num_blocks
+        hidden_table = self._tables.table(Tier.HIDDEN, row, blocks)
+        held = self._tables.units(Tier.HIDDEN, row, blocks)
+        wanted = blocks * self._runner.units_per_block[Tier.KV]
+        units = held + self._allocate(wanted - len(held))
+        self._tables.extend(Tier.KV, row, 0, units)
+        self._runner.promote(
+            hidden_table, self._tables.table(Tier.KV, row, blocks), sequence.num_computed
+        )
+        sequence.tier = Tier.KV
+
+    def _append(
+        self, sampled: Seq[Sequence], chosen: Seq[Sampled | None], order: Seq[Sequence]
+    ) -> tuple[list[SequenceOutput], list[tuple[int, str]]]:
+        """Add the chosen tokens to their sequences; outputs in plan order."""
+        outputs: dict[int, SequenceOutput] = {}
+        failures: list[tuple[int, str]] = []
+        for sequence, token in zip(sampled, chosen, strict=True):
+            if token is None:
+                sequence.has_ended = True
+                failures.append((sequence.sequence_id, "the model produced no finite logits"))
+                continue
+            sequence.token_ids.append(token.token_id)
+            reason = self._finish_reason(sequence, token.token_id)
+            sequence.has_ended = reason is not None
+            outputs[sequence.sequence_id] = SequenceOutput(
+                sequence.sequence_id,
+                (token.token_id,),
+                reason,
+                () if token.logprobs is None else (token.logprobs,),
+            )
+        in_order = [outputs[s.sequence_id] for s in order if s.sequence_id in outputs]
+        return in_order, failures
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        s = sequence.sampling
+        if token_id in s.stop_token_ids or (token_id in self._eos and not s.ignore_eos):
+            return FinishReason.STOP
+        is_full = len(sequence.token_ids) > self._context_length
+        if is_full or sequence.num_output_tokens >= s.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _shape(self) -> Shape:
+        return Shape(
+            tiers=tuple(self._runner.units_per_block),
+            units_per_block=dict(self._runner.units_per_block),
+            num_units=self._runner.pool.num_units,
+            block_size=self._runner.geometry.block_size,
+            context_length=self._context_length,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+        )
+
+    def _describe(self, loaded: LoadedModel, measured: Measured) -> EngineInfo:
+        runner = self._runner
+        tiers = [
+            TierInfo(tier, units, measured.seconds_per_cached_token.get(tier, 0.0))
+            for tier, units in runner.units_per_block.items()
+        ]
+        return EngineInfo(
+            model_name=loaded.name,
+            fingerprint=loaded.fingerprint,
+            architecture=loaded.architecture,
+            context_length=loaded.context_length,
+            vocab_size=loaded.vocab_size,
+            eos_token_ids=self._eos,
+            tokenizer_json=loaded.tokenizer_json,
+            num_units=runner.pool.num_units,
+            block_size=runner.geometry.block_size,
+            unit_bytes=runner.unit_bytes,
+            tiers=tiers,
+            calibration=measured.coefficients,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+            device=device_name(runner.device),
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """A device by the name people know it by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is float32 on a CPU, whose products are fastest in it, and bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def build_engine(settings: WorkerSettings) -> ModelEngine:
+    """Load the model of ``settings`` and make it ready to run plans."""
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    loaded = load_model(settings.model, name=settings.model_name, device=device, dtype=dtype)
+    return ModelEngine(loaded, settings)

@@ -1,0 +1,1 @@
+"""Models as transformers loads them, with our caches under their attention."""

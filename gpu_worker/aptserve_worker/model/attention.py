@@ -1,0 +1,231 @@
+"""Our caches under transformers' attention.
+
+transformers calls one registered function for every attention module of a model; it finds the
+handler that was attached to the module. A handler of an ordinary step is a :class:`LayerAttention`;
+at start-up a probe takes its place to learn what the model's attention looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from aptserve_kernels import AttentionParams, DecodeBatch, Kernels, UnitGeometry, WriteSlots
+from aptserve_kernels.reference import fold_queries, project_keys, unfold_values
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from aptserve_worker.model.adapters import HiddenMaps
+from aptserve_worker.plan import Tier
+
+ATTENTION_NAME = "aptserve"
+_HANDLER = "aptserve_handler"
+
+_FOLD_LIMIT_IN_HEAD_DIMS = 1
+"""Fold queries while a sequence has at most this many head_dims of them: folding costs
+4·H·d per query and cached token, projecting the context once 4·d² per cached token."""
+
+
+class Handler(Protocol):
+    """Attention of one module: ``q`` ``[tokens, heads, head_dim]``, ``k`` and ``v`` alike."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor: ...
+
+    def take_input(self, x: Tensor) -> None:
+        """The module's input ``[tokens, hidden_size]``, before each call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Rows ``[start, stop)`` of the flattened batch: sequences with one new token each."""
+
+    start: int
+    stop: int
+    batch: DecodeBatch
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRows:
+    """Rows ``[start, stop)``: the new tokens of one sequence after ``num_cached`` cached ones."""
+
+    start: int
+    stop: int
+    num_cached: int
+    tier: Tier
+    table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """One iteration as attention sees it: KV decodes, hidden decodes, prefills, in row order."""
+
+    slots: WriteSlots
+    kv_decodes: DecodeRows | None = None
+    hidden_decodes: DecodeRows | None = None
+    prefills: Sequence[PrefillRows] = ()
+
+
+@dataclass(slots=True)
+class StepContext:
+    """Holds the step that is running; shared by the layers of one model."""
+
+    step: AttentionStep | None = None
+
+
+@dataclass(slots=True)
+class LayerAttention:
+    """Attention of one layer over its pool."""
+
+    context: StepContext
+    pool: Tensor
+    geometry: UnitGeometry
+    kernels: Kernels
+    maps: HiddenMaps | None
+    num_heads: int
+    _x: Tensor | None = None
+    _params: dict[Any, AttentionParams] = field(default_factory=dict)
+    _fold_weight: Tensor | None = None
+    _unfold_weight: Tensor | None = None
+    _unfold_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.maps is None:
+            return
+        g = self.geometry
+        group = self.num_heads // g.num_kv_heads
+        value = self.maps.value
+        per_head = value.weight.view(g.num_kv_heads, g.head_dim, -1).transpose(1, 2)
+        self._unfold_weight = _repeat(per_head, group)
+        if value.bias is not None:
+            self._unfold_bias = _repeat(value.bias.view(g.num_kv_heads, g.head_dim), group)
+        if self.maps.key.is_foldable:
+            weight = self.maps.key.map.weight
+            self._fold_weight = _repeat(weight.view(g.num_kv_heads, g.head_dim, -1), group)
+
+    def take_input(self, x: Tensor) -> None:
+        self._x = x
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+        step = self.context.step
+        assert step is not None, "attention outside of a step"
+        params = self._params_of(arguments)
+        self.kernels.write_cache(self.pool, k, v, self._x, step.slots)
+        if step.kv_decodes is not None and step.kv_decodes.stop == q.shape[0]:
+            return self.kernels.decode_kv(q, self.pool, step.kv_decodes.batch, params)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if (rows := step.kv_decodes) is not None:
+            out[rows.start : rows.stop] = self.kernels.decode_kv(
+                q[rows.start : rows.stop], self.pool, rows.batch, params
+            )
+        if (rows := step.hidden_decodes) is not None:
+            out[rows.start : rows.stop] = self._decode_hidden(
+                q[rows.start : rows.stop], rows.batch, params
+            )
+        for prefill in step.prefills:
+            new = slice(prefill.start, prefill.stop)
+            out[new] = self._prefill(q[new], k[new], v[new], prefill, params)
+        return out
+
+    def _params_of(self, arguments: dict[str, Any]) -> AttentionParams:
+        key = (
+            arguments.get("scaling"),
+            arguments.get("softcap"),
+            arguments.get("sliding_window"),
+        )
+        if key not in self._params:
+            scaling, softcap, window = key
+            if scaling is None:
+                scaling = self.geometry.head_dim**-0.5
+            self._params[key] = AttentionParams(scaling, softcap, window)
+        return self._params[key]
+
+    def _decode_hidden(self, q: Tensor, batch: DecodeBatch, params: AttentionParams) -> Tensor:
+        assert self.maps is not None
+        assert self._unfold_weight is not None
+        if self._may_fold(params):
+            folded = fold_queries(q, self._fold_weight)  # type: ignore[arg-type]
+            mixed = self.kernels.decode_hidden(folded, self.pool, batch, params)
+        else:
+            mixed = self.kernels.decode_projected(q, self.pool, batch, params, self.maps.key)
+        return unfold_values(mixed, self._unfold_weight, self._unfold_bias)
+
+    def _may_fold(self, params: AttentionParams) -> bool:
+        """A key bias drops out of a softmax, but not out of the soft-cap before it."""
+        assert self.maps is not None
+        bias = self.maps.key.map.bias
+        return self._fold_weight is not None and (params.softcap is None or bias is None)
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: PrefillRows, params: AttentionParams
+    ) -> Tensor:
+        # cached [0, num_cached) | new [num_cached, num_cached + rows)
+        if rows.num_cached:
+            old_k, old_v = self._cached(rows)
+            k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
+        return self.kernels.attend(q, k, v, params)
+
+    def _cached(self, rows: PrefillRows) -> tuple[Tensor, Tensor]:
+        if rows.tier is Tier.KV:
+            return self.kernels.gather_kv(self.pool, rows.table, rows.num_cached, self.geometry)
+        x = self.kernels.gather_hidden(self.pool, rows.table, rows.num_cached, self.geometry)
+        return self.project(x)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[tokens, num_kv_heads, head_dim]`` of the first tokens of a sequence.
+
+        ``x``: ``[tokens, hidden_size]``, its hidden states.
+        """
+        assert self.maps is not None, "hidden states in a model without a hidden tier"
+        g = self.geometry
+        positions = torch.arange(x.shape[0], device=x.device)
+        k = project_keys(x, positions, self.maps.key, g.head_dim)
+        return k, self.maps.value(x).view(-1, g.num_kv_heads, g.head_dim)
+
+
+def _repeat(weight: Tensor, group: int) -> Tensor:
+    return weight if group == 1 else weight.repeat_interleave(group, 0)
+
+
+def attach(module: nn.Module, handler: Handler, *, with_input: bool) -> Any:
+    """Give ``module`` its handler; returns the hook that passes the input on, if asked for."""
+    setattr(module, _HANDLER, handler)
+    if not with_input:
+        return None
+
+    def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        handler.take_input(x.reshape(-1, x.shape[-1]))
+
+    return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: object,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls; ``query`` is ``[1, heads, tokens, head_dim]``."""
+    handler: Handler = getattr(module, _HANDLER)
+    out = handler(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        arguments,
+    )
+    return out.unsqueeze(0), None
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """Sequences of a flattened batch are told apart by tables, not by a mask."""
+
+
+def register() -> None:
+    """Make the attention function known to transformers under ``ATTENTION_NAME``."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
