@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe_machine, make_prompts, save_opt_125m, spread
+from benchmarks.common import describe_machine, make_prompts, save_opt_125m, spread
 
 PROMPT_TOKENS = 128
 DECODE_STEPS = 32

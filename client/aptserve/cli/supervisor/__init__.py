@@ -1,0 +1,1 @@
+"""Runs a scheduler and its workers as child processes of ``aptserve up``."""

@@ -1,0 +1,153 @@
+"""Settings of a worker, read once at the edge."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from aptserve_worker.plan import Tier
+
+FAKE_MODEL = "fake"
+"""Model name that starts the shipped fake engine instead of a real one."""
+
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+class SettingsError(ValueError):
+    """A setting has a wrong value; the message is one line naming field and value."""
+
+
+def parse_bytes(value: object) -> object:
+    """The number of bytes that ``"2GiB"``, ``"500 MB"`` or ``"1048576"`` means."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _BYTE_UNITS:
+        raise ValueError("must be a number of bytes such as 2GiB or 500MB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+
+
+def parse_tiers(value: object) -> object:
+    """The tiers that ``"kv,hidden"`` means."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(_parse_tier(part) for part in value)
+
+
+def _parse_tier(part: object) -> object:
+    if not isinstance(part, str):
+        return part
+    try:
+        return Tier[part.upper()]
+    except KeyError:
+        names = ", ".join(tier.name.lower() for tier in Tier)
+        raise ValueError(f"each must be one of {names}") from None
+
+
+def default_worker_id() -> str:
+    """Host, process and a random part: in containers the process id is 1 everywhere."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+class WorkerSettings(BaseSettings):
+    """What one worker serves, with how much memory, and where it dials in.
+
+    Every field may come from the environment as ``APTSERVE_WORKER_<FIELD>``.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="APTSERVE_WORKER_", frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    scheduler: str = Field("127.0.0.1:50051", min_length=1)
+    """Address of the scheduler service."""
+    join_token: SecretStr | None = None
+    """Shared secret that the scheduler asks for; None where it asks for none."""
+    worker_id: Annotated[str, Field(min_length=1, max_length=128)] = Field(
+        default_factory=default_worker_id
+    )
+    """Name, unique among the workers of one scheduler."""
+    model: str = Field("embedded", min_length=1)
+    """``"embedded"``, a folder, a hub id, or ``"fake"``."""
+    model_name: str | None = None
+    """Name by which requests call the model; None: derived from ``model``."""
+    tiers: Annotated[tuple[Tier, ...] | None, NoDecode, BeforeValidator(parse_tiers)] = None
+    """Cache tiers to offer; None: all that are exact for the model and smaller than KV."""
+    block_size: int = Field(16, ge=1, le=1024)
+    """Tokens per block."""
+    pool_units: int | None = Field(None, ge=2)
+    """Size of the pool in units; None: from ``pool_memory``, or the engine decides."""
+    pool_memory: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(None, ge=1)
+    """Size of the pool in bytes, also as ``"2GiB"``; excludes ``pool_units``."""
+    max_num_seqs: int = Field(256, ge=1, le=65536)
+    """Most sequences in one batch."""
+    max_num_batched_tokens: int = Field(4096, ge=1, le=1 << 20)
+    """Most new tokens in one batch."""
+    device: str = Field("auto", min_length=1)
+    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type of weights and cache."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of the engine; None: what the machine has."""
+    calibrate: bool = True
+    """Measure the iteration time before attaching; else advertise a rough guess."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of whatever the engine itself draws at random."""
+    leave_timeout_seconds: float = Field(30.0, ge=0, le=3600)
+    """Longest wait for Detached after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""
+    log_format: Literal["auto", "console", "json"] = "auto"
+    """Form of log lines; auto is console on a terminal and JSON elsewhere."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> WorkerSettings:
+        if self.pool_units is not None and self.pool_memory is not None:
+            raise ValueError(f"pool_memory={self.pool_memory}: pool_units is given as well")
+        if self.tiers is not None:
+            if Tier.KV not in self.tiers:
+                raise ValueError("tiers: kv must be among them, every model starts there")
+            if len(set(self.tiers)) < len(self.tiers):
+                raise ValueError("tiers: each may be named once")
+        return self
+
+
+def load_settings(**values: Any) -> WorkerSettings:
+    """Settings from ``values``, then the environment, then the defaults.
+
+    Raises :class:`SettingsError` for the first wrong field.
+    """
+    try:
+        return WorkerSettings(**values)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    field = str(first["loc"][0])
+    if field == "join_token":  # a secret does not belong in an error message
+        return f"{field}: {message}"
+    return f"{field}={first['input']!r}: {message}"

@@ -1,0 +1,222 @@
+"""From a policy's decision to a plan: checked against every limit, then entered in the books."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
+
+from aptserve_scheduler.core.errors import PolicyError
+from aptserve_scheduler.core.state import State
+from aptserve_scheduler.core.table import Bools, Ints, Status, Tiers
+from aptserve_scheduler.core.types import (
+    BatchPlan,
+    NewSequence,
+    PlanId,
+    RequestId,
+    ScheduledSequence,
+    SequenceId,
+    Tier,
+)
+from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
+from aptserve_scheduler.policies.base import Decision
+
+_TIER_BY_NUMBER = {int(tier): tier for tier in Tier}
+
+
+def compose(state: State, worker: WorkerState, decision: Decision, now: float) -> BatchPlan:
+    """Enter a decision in the books and make the plan; :class:`PolicyError` leaves all as it was.
+
+    Units of the tokens that the plan computes are taken here, those of preempted requests are
+    given back here: the worker releases before it runs, so both are true when the plan runs.
+    """
+    _check_shape(state, worker, decision)
+    table, slots = state.table, decision.slots
+    is_new = table.status[slots] == Status.WAITING
+    _check_requests(state, worker, decision, is_new)
+    _check_tiers(state, worker, decision, is_new)
+    starts = table.num_computed[slots]
+    ends = starts + decision.num_tokens
+    before = table.units[slots]
+    after = worker.ledger.units_for(ends, decision.tiers)
+    freed = int(table.units[decision.preempted].sum())
+    growth = int(after.sum() - before.sum())
+    if growth - freed > worker.ledger.num_free:
+        raise PolicyError(
+            f"the decision needs {growth} units, {worker.ledger.num_free} are free "
+            f"and preemption gives {freed}"
+        )
+
+    preempted = tuple(table.request_ids[slot] for slot in decision.preempted.tolist())
+    for slot in decision.preempted.tolist():
+        state.return_to_queue(slot)
+    promoted = ~is_new & (table.tier[slots] != decision.tiers)
+    worker.ledger.take(growth)
+    table.units[slots] = after
+    table.num_computed[slots] = ends
+    table.in_flight[slots] += 1
+    table.tier[slots] = decision.tiers
+    _admit(state, worker, slots[is_new], now)
+    return _enter_plan(
+        state, worker, decision, preempted, is_new, promoted, (starts, before, after)
+    )
+
+
+def _check_shape(state: State, worker: WorkerState, decision: Decision) -> None:
+    slots, num_tokens = decision.slots, decision.num_tokens
+    if not len(slots) or not len(slots) == len(num_tokens) == len(decision.tiers):
+        raise PolicyError(
+            f"{len(slots)} requests chosen with {len(num_tokens)} token counts "
+            f"and {len(decision.tiers)} tiers"
+        )
+    if len(slots) > worker.spec.max_num_seqs:
+        raise PolicyError(f"{len(slots)} requests chosen, the limit is {worker.spec.max_num_seqs}")
+    if int(num_tokens.sum()) > worker.spec.max_num_batched_tokens:
+        raise PolicyError(
+            f"{int(num_tokens.sum())} tokens chosen, "
+            f"the limit is {worker.spec.max_num_batched_tokens}"
+        )
+    everyone = np.concatenate([slots, decision.preempted])
+    if int(everyone.min()) < 0 or int(everyone.max()) >= state.table.capacity:
+        raise PolicyError(f"slots {int(everyone.min())} to {int(everyone.max())} do not all exist")
+    named = np.zeros(state.table.capacity, np.bool_)
+    named[everyone] = True
+    if int(np.count_nonzero(named)) != len(everyone):
+        raise PolicyError("a request is named twice")
+
+
+def _check_requests(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:
+    table, slots = state.table, decision.slots
+    runs_here = (table.status == Status.RUNNING) & (table.worker == worker.index)
+    may_start = (table.in_flight[slots] == 0) & (
+        table.max_total[slots] <= worker.max_request_tokens
+    )
+    candidate = np.where(is_new, may_start, runs_here[slots])
+    if not candidate.all() or not runs_here[decision.preempted].all():
+        raise PolicyError("a request that is no candidate of this worker is named")
+    length = table.num_tokens(slots)
+    remaining = length - table.num_computed[slots]
+    if np.any(length >= table.max_total[slots]):
+        raise PolicyError("a request whose end is in flight is chosen")
+    if np.any(decision.num_tokens < 1) or np.any(decision.num_tokens > remaining):
+        raise PolicyError("a request is given no token or more than it has left")
+
+
+def _check_tiers(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:
+    held = state.table.tier[decision.slots]
+    kept = is_new | (decision.tiers == held)
+    promotion = (held == Tier.HIDDEN) & (decision.tiers == Tier.KV)
+    offered = worker.is_usable_tier[decision.tiers]
+    if not (offered & (kept | promotion)).all():
+        raise PolicyError("a tier is chosen that the worker lacks or the request cannot change to")
+
+
+def _admit(state: State, worker: WorkerState, slots: Ints, now: float) -> None:
+    """Move requests from the queue to a worker, under fresh sequence ids."""
+    if not len(slots):
+        return
+    table = state.table
+    orders = table.order[slots]
+    first_id = worker.next_sequence_id
+    worker.next_sequence_id += len(slots)
+    table.sequence[slots] = np.arange(first_id, worker.next_sequence_id)
+    table.status[slots] = Status.RUNNING
+    table.worker[slots] = worker.index
+    state.waiting.remove_many(orders)
+    worker.running.add_many(slots, orders)
+    for slot in slots.tolist():
+        request = table.request(slot)
+        if request.first_taken_at is None:
+            request.first_taken_at = now
+
+
+def _enter_plan(
+    state: State,
+    worker: WorkerState,
+    decision: Decision,
+    preempted: tuple[RequestId, ...],
+    is_new: Bools,
+    promoted: Bools,
+    counts: tuple[Ints, Ints, Ints],
+) -> BatchPlan:
+    table, slots = state.table, decision.slots
+    starts, before, after = counts
+    sequence_ids: list[SequenceId] = table.sequence[slots].tolist()
+    request_ids = [table.request_ids[slot] for slot in slots.tolist()]
+    plan_id = PlanId(worker.next_plan_id)
+    worker.next_plan_id += 1
+    release = worker.take_releases()
+    state.totals.num_promotions += int(np.count_nonzero(promoted))
+    worker.in_flight.append(
+        PlanInFlight(
+            plan_id=plan_id,
+            release=release,
+            slots=slots.copy(),
+            sequence_ids=tuple(sequence_ids),
+            tiers=decision.tiers.copy(),
+            starts=starts,
+            num_tokens=decision.num_tokens.copy(),
+            units_before=before,
+            units_after=after,
+            promoted=promoted,
+        )
+    )
+    changed_tier = np.flatnonzero(promoted).tolist()
+    return BatchPlan(
+        plan_id=plan_id,
+        worker_id=worker.spec.worker_id,
+        release=release,
+        promote=tuple(sequence_ids[i] for i in changed_tier),
+        new=tuple(_new_sequence(state, slot) for slot in slots[is_new].tolist()),
+        scheduled=_scheduled(
+            sequence_ids, request_ids, decision.tiers, starts, decision.num_tokens
+        ),
+        reason=decision.reason,
+        preempted=preempted,
+        promoted=tuple(request_ids[i] for i in changed_tier),
+        num_waiting=len(state.waiting),
+        num_used_units=worker.ledger.num_used,
+    )
+
+
+def _new_sequence(state: State, slot: int) -> NewSequence:
+    table = state.table
+    request = table.request(slot)
+    spec = request.spec
+    return NewSequence(
+        sequence_id=SequenceId(int(table.sequence[slot])),
+        request_id=spec.request_id,
+        token_ids=request.known_token_ids,
+        num_prompt_tokens=len(spec.prompt_token_ids),
+        tier=_TIER_BY_NUMBER[int(table.tier[slot])],
+        max_tokens=spec.max_tokens,
+        sampling=spec.sampling,
+    )
+
+
+def _scheduled(
+    sequence_ids: Sequence[SequenceId],
+    request_ids: Sequence[RequestId],
+    tiers: Tiers,
+    starts: Ints,
+    num_tokens: Ints,
+) -> tuple[ScheduledSequence, ...]:
+    """The entries of a plan, filled column by column.
+
+    A frozen dataclass sets its fields through a Python-level constructor, which for a batch of
+    hundreds is a large part of the whole decision time; the slots' own setters halve it.
+    """
+    kind = ScheduledSequence
+    entries = list(map(object.__new__, repeat(kind, len(sequence_ids))))
+    columns: tuple[tuple[str, Sequence[object]], ...] = (
+        ("sequence_id", sequence_ids),
+        ("request_id", request_ids),
+        ("tier", [_TIER_BY_NUMBER[number] for number in tiers.tolist()]),
+        ("num_computed_tokens", starts.tolist()),
+        ("num_new_tokens", num_tokens.tolist()),
+    )
+    for name, values in columns:
+        deque(map(getattr(kind, name).__set__, entries, values), maxlen=0)
+    return tuple(entries)

@@ -1,0 +1,222 @@
+"""Every live request as one row of numpy columns, so that a decision loops over no request.
+
+A row is a *slot*. What changes per iteration stands in columns; what is only handed through (the
+specification, the tokens, the times for the final report) stands in :class:`Request` objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from aptserve_scheduler.core.types import RequestId, RequestSpec
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Tiers = npt.NDArray[np.int8]
+"""Values of :class:`~aptserve_scheduler.core.types.Tier`; 0 where a request holds no cache."""
+
+NO_WORKER = -1
+NO_SEQUENCE = 0
+
+
+class Status(IntEnum):
+    """Where a slot is in its life. ``ENDED`` rows wait for their plans in flight to come back."""
+
+    FREE = 0
+    WAITING = 1
+    RUNNING = 2
+    ENDED = 3
+
+
+class Request:
+    """The part of a request that no decision needs."""
+
+    __slots__ = (
+        "first_taken_at",
+        "first_token_at",
+        "gap_seconds",
+        "num_preemptions",
+        "output_token_ids",
+        "spec",
+    )
+
+    def __init__(self, spec: RequestSpec) -> None:
+        self.spec = spec
+        self.output_token_ids: list[int] = list(spec.resume_token_ids)
+        self.first_taken_at: float | None = None
+        self.first_token_at: float | None = None
+        self.gap_seconds: list[float] = []
+        """Times between tokens sent since arrival here, in order."""
+        self.num_preemptions = 0
+
+    @property
+    def known_token_ids(self) -> Sequence[int]:
+        """Prompt, then every output token known."""
+        if not self.output_token_ids:
+            return self.spec.prompt_token_ids
+        return [*self.spec.prompt_token_ids, *self.output_token_ids]
+
+
+class RequestTable:
+    """Columns of all live requests and the free list of slots.
+
+    Token counts: ``num_known`` tokens have a value here (prompt and received output);
+    ``num_computed`` have, or will have once the plans in flight have run, their cache on a worker.
+    When computing reaches the last known token a further one is sampled, so the request's length
+    as plans see it is ``max(num_known, num_computed + 1)`` whatever a step returns.
+    """
+
+    _COLUMNS = (
+        ("status", np.int8),
+        ("order", np.int64),
+        ("arrival", np.float64),
+        ("pending_since", np.float64),
+        ("ttft_objective", np.float64),
+        ("tbt_objective", np.float64),
+        ("num_prompt", np.int64),
+        ("num_known", np.int64),
+        ("num_computed", np.int64),
+        ("max_total", np.int64),
+        ("worker", np.int64),
+        ("tier", np.int8),
+        ("units", np.int64),
+        ("sequence", np.int64),
+        ("in_flight", np.int64),
+        ("num_gaps", np.int64),
+        ("num_slow_gaps", np.int64),
+        ("has_token", np.bool_),
+        ("miss_after", np.float64),
+    )
+
+    status: Tiers
+    order: Ints
+    """Arrival number; kept through preemption and worker loss."""
+    arrival: Floats
+    pending_since: Floats
+    """Time of the last token, of the arrival before the first."""
+    ttft_objective: Floats
+    tbt_objective: Floats
+    num_prompt: Ints
+    num_known: Ints
+    num_computed: Ints
+    max_total: Ints
+    """Prompt tokens plus ``max_tokens``."""
+    worker: Ints
+    tier: Tiers
+    units: Ints
+    sequence: Ints
+    in_flight: Ints
+    """Plans in flight that contain the request, under whatever sequence id."""
+    num_gaps: Ints
+    num_slow_gaps: Ints
+    """Gaps between tokens so far, and those over the objective."""
+    has_token: Bools
+    miss_after: Floats
+    """Pending time beyond which the request would not meet its objectives if its wait ended then;
+    negative once it would not in any case. See :meth:`judge`."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        self._capacity = 0
+        self._free: list[int] = []
+        self._next_order = 1
+        self.requests: list[Request | None] = []
+        self.request_ids: list[RequestId] = []
+        self.slot_of: dict[RequestId, int] = {}
+        self._grow(capacity)
+
+    def __len__(self) -> int:
+        """Live requests."""
+        return len(self.slot_of)
+
+    @property
+    def capacity(self) -> int:
+        """Rows, free ones included."""
+        return self._capacity
+
+    @property
+    def num_free_slots(self) -> int:
+        """Rows that hold nothing."""
+        return len(self._free)
+
+    def add(self, spec: RequestSpec, now: float) -> int:
+        """Fill a row with a request that arrived now; returns its slot."""
+        if not self._free:
+            self._grow(2 * self._capacity)
+        slot = self._free.pop()
+        for name, _ in self._COLUMNS:
+            getattr(self, name)[slot] = 0
+        self.status[slot] = Status.WAITING
+        self.order[slot] = self._next_order
+        self.arrival[slot] = self.pending_since[slot] = now
+        self.ttft_objective[slot] = spec.objectives.ttft_seconds
+        self.tbt_objective[slot] = spec.objectives.tbt_seconds
+        self.miss_after[slot] = spec.objectives.ttft_seconds
+        num_prompt = len(spec.prompt_token_ids)
+        self.num_prompt[slot] = num_prompt
+        self.num_known[slot] = num_prompt + len(spec.resume_token_ids)
+        self.max_total[slot] = num_prompt + spec.max_tokens
+        self.worker[slot] = NO_WORKER
+        self._next_order += 1
+        self.requests[slot] = Request(spec)
+        self.request_ids[slot] = spec.request_id
+        self.slot_of[spec.request_id] = slot
+        return slot
+
+    def end(self, slot: int) -> None:
+        """Mark the row's request as over; the row is reused once no plan in flight names it."""
+        del self.slot_of[self.request_ids[slot]]
+        self.status[slot] = Status.ENDED
+        if self.in_flight[slot] == 0:
+            self._free_row(slot)
+
+    def return_from_flight(self, slots: Ints) -> None:
+        """One plan with these slots came back."""
+        self.in_flight[slots] -= 1
+        over = (self.status[slots] == Status.ENDED) & (self.in_flight[slots] == 0)
+        for slot in slots[over].tolist():
+            self._free_row(slot)
+
+    def request(self, slot: int) -> Request:
+        """The record of a row in use."""
+        request = self.requests[slot]
+        if request is None:
+            raise LookupError(f"slot {slot} holds no request")
+        return request
+
+    def num_tokens(self, slots: Ints) -> Ints:
+        """Length of each request in tokens, those that plans in flight will sample included."""
+        return np.maximum(self.num_known[slots], self.num_computed[slots] + 1)
+
+    def judge(self, slots: Ints, missed_ttft: Bools) -> None:
+        """Set ``miss_after`` of requests that got tokens just now.
+
+        Missed for good: the first token, by ``missed_ttft``; missed as things stand: the
+        nearest-rank P99 of the gaps, which leaves floor(n / 100) of n gaps above it.
+        """
+        num_slow, num_gaps = self.num_slow_gaps[slots], self.num_gaps[slots]
+        is_late = missed_ttft | (self.miss_after[slots] < 0) & ~self._is_first(slots)
+        is_late |= num_slow * 100 > num_gaps
+        spare = (num_slow + 1) * 100 <= num_gaps + 1
+        open_end = np.where(spare, np.inf, self.tbt_objective[slots])
+        self.miss_after[slots] = np.where(is_late, -1.0, open_end)
+
+    def _free_row(self, slot: int) -> None:
+        self.status[slot] = Status.FREE
+        self.requests[slot] = None
+        self._free.append(slot)
+
+    def _grow(self, capacity: int) -> None:
+        added = capacity - self._capacity
+        for name, dtype in self._COLUMNS:
+            old = getattr(self, name) if self._capacity else np.zeros(0, dtype)
+            setattr(self, name, np.concatenate([old, np.zeros(added, dtype)]))
+        self.requests.extend([None] * added)
+        self.request_ids.extend([RequestId("")] * added)
+        # Popped from the end, so low slots go first.
+        self._free = list(range(capacity - 1, self._capacity - 1, -1)) + self._free
+        self._capacity = capacity

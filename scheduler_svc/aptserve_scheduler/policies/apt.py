@@ -1,0 +1,293 @@
+"""The paper's policy: adaptive scheduling over a hybrid cache (Apt-Serve, SIGMOD 2025).
+
+Every iteration is either a prefill of waiting requests or a decode of running ones: a prefill when
+the pending time of the waiting adds up to at least that of the running. Who takes part, and in
+which tier, is the knapsack of :mod:`~aptserve_scheduler.policies.greedy` with
+
+    value of request i in tier t = p_i - U * rho_t * m_i
+
+p_i: pending seconds; U: all candidates, waiting and running, whom a slower iteration would hurt;
+rho_t: extra seconds per cached token of tier t over KV; m_i: cached tokens of the request. The
+value of a request that has missed its objectives is replaced by almost nothing.
+
+Choices the paper leaves open:
+
+* p_i is at least one decode step. A plain loop plans at the very moment tokens arrive, when nobody
+  has waited yet, and every tier that costs anything would look worthless.
+* A prefill leaves free what the next decode step will take, at least 1 % of the pool, while
+  requests run. A prompt is given a block for its first token too.
+* A promotion from hidden to KV uses memory that no running request needs, never another's.
+* Running requests that are not chosen keep their memory unless the chosen ones need it.
+* A tier is offered only if the request's longest cache would fit the empty pool in it.
+* A prompt longer than the token budget runs alone, in chunks of the budget, before new ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aptserve_scheduler.core.types import Tier, TierSpec
+from aptserve_scheduler.policies.base import (
+    BatchProblem,
+    Bools,
+    Candidates,
+    Decision,
+    Floats,
+    Ints,
+    Tiers,
+)
+from aptserve_scheduler.policies.common import (
+    Continuation,
+    continue_prefills,
+    indices,
+    make_room_for_oldest,
+)
+from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack, solve
+
+ALMOST_NOTHING = 1e-6
+"""Factor on the value of a request that missed its objectives; order among the missed is kept."""
+HEADROOM = 0.01
+"""Share of the pool that admissions and promotions leave free while requests run."""
+
+
+class AptPolicy:
+    """Prefill or decode, by pending time; requests and tiers by value per unit of memory."""
+
+    name = "apt"
+
+    def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
+        """All of them."""
+        return tiers
+
+    def decide(self, problem: BatchProblem) -> Decision | None:
+        """The preferred kind of iteration if anything can take part in it, else the other one."""
+        view = _View.of(problem)
+        kinds = (_prefill, _decode) if view.prefers_prefill else (_decode, _prefill)
+        for kind in kinds:
+            decision = kind(problem, view)
+            if decision is not None:
+                return decision
+        return make_room_for_oldest(problem)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """Figures that both kinds of iteration need."""
+
+    ready: Ints
+    """Rows of ``running`` that a decode can take."""
+    waiting_seconds: float
+    """Pending time of those without a first token: waiting, and prompts under way."""
+    running_seconds: float
+    num_waiting: int
+    least_pending_seconds: float
+    headroom: int
+    """Units to leave free for the next decode step."""
+
+    @property
+    def prefers_prefill(self) -> bool:
+        return self.num_waiting > 0 and self.waiting_seconds >= self.running_seconds
+
+    @property
+    def comparison(self) -> str:
+        """The rule's figures, for operators."""
+        return (
+            f"{self.num_waiting} waiting requests have {self.waiting_seconds:.3g} s pending "
+            f"against {self.running_seconds:.3g} s of {len(self.ready)} running"
+        )
+
+    @classmethod
+    def of(cls, problem: BatchProblem) -> _View:
+        waiting, running = problem.waiting, problem.running
+        one_left = running.num_remaining_tokens == 1
+        ready = indices(running.schedulable & one_left)
+        under_way = indices(running.schedulable & ~one_left)
+        pending = running.pending_seconds
+        next_units = problem.num_units_for(
+            running.num_computed_tokens[ready] + 1, running.tiers[ready]
+        )
+        growth = int(next_units.sum() - running.num_units[ready].sum())
+        headroom = max(growth, int(HEADROOM * problem.num_units)) if len(running) else 0
+        return cls(
+            ready=ready,
+            waiting_seconds=float(waiting.pending_seconds.sum() + pending[under_way].sum()),
+            running_seconds=float(pending[ready].sum()),
+            num_waiting=len(waiting) + len(under_way),
+            least_pending_seconds=_decode_step_seconds(problem, ready),
+            headroom=headroom,
+        )
+
+
+def _decode_step_seconds(problem: BatchProblem, ready: Ints) -> float:
+    """Time of a decode of all that could, by the cost model; always positive."""
+    cost, running = problem.cost, problem.running
+    seconds = cost.base_seconds
+    seconds += (cost.seconds_per_token + cost.seconds_per_sequence) * len(ready)
+    for tier, per_token in cost.seconds_per_cached_token.items():
+        in_tier = running.tiers[ready] == tier
+        seconds += per_token * float(running.num_computed_tokens[ready][in_tier].sum())
+    return max(seconds, 1e-9)
+
+
+def _extra_seconds(problem: BatchProblem) -> Floats:
+    """rho of each tier, by the tier's number: seconds per cached token beyond KV's, never < 0."""
+    cost = problem.cost.seconds_per_cached_token
+    rho = np.zeros(128)
+    for tier in problem.tiers:
+        rho[tier.tier] = max(0.0, cost.get(tier.tier, 0.0) - cost.get(Tier.KV, 0.0))
+    return rho
+
+
+def _values(
+    problem: BatchProblem,
+    pending: Floats,
+    missed: Bools,
+    extra: Floats,
+    offered: Bools,
+) -> Floats:
+    """[k, n] value of n requests with k options each; see the head of this file.
+
+    ``extra`` [k, n]: seconds that the option adds to the iteration; ``offered`` [k, n]: whether the
+    request has the option. ``pending`` and ``missed`` are [n].
+    """
+    num_hurt = len(problem.waiting) + len(problem.running)
+    values = pending - num_hurt * extra
+    values *= np.where(missed, ALMOST_NOTHING, 1.0)
+    values[~offered] = -np.inf
+    # A request whose only options are worthless must still get its turn, in the smallest.
+    hopeless = indices(values.max(axis=0) <= 0)
+    if len(hopeless):
+        smallest = np.argmax(offered[:, hopeless], axis=0)
+        values[smallest, hopeless] = ALMOST_NOTHING * pending[hopeless]
+    return values
+
+
+def _prefill(problem: BatchProblem, view: _View) -> Decision | None:
+    waiting, running = problem.waiting, problem.running
+    going_on = continue_prefills(problem)
+    chosen, tiers = _choose_waiting(problem, view, going_on)
+    if len(chosen) + len(going_on.rows) == 0:
+        return None
+    new_tokens = np.minimum(waiting.num_tokens[chosen], problem.max_num_batched_tokens)
+    num_tokens = np.concatenate([going_on.num_tokens, new_tokens])
+    return Decision(
+        slots=np.concatenate([running.slots[going_on.rows], waiting.slots[chosen]]),
+        num_tokens=num_tokens,
+        tiers=np.concatenate([running.tiers[going_on.rows], tiers]),
+        reason=(
+            f"prefill: {view.comparison}; {len(chosen)} start "
+            f"({int(np.count_nonzero(tiers != Tier.KV))} not in KV), {len(going_on.rows)} go on, "
+            f"{int(num_tokens.sum())} tokens, {problem.num_free_units} units were free"
+        ),
+    )
+
+
+def _choose_waiting(
+    problem: BatchProblem, view: _View, going_on: Continuation
+) -> tuple[Ints, Tiers]:
+    """Rows of ``waiting`` to start, earliest arrival first, and their tiers."""
+    waiting = problem.waiting
+    seats = problem.max_num_seqs - len(problem.running)
+    room = going_on.num_units_left - view.headroom
+    if not len(waiting) or seats <= 0 or room <= 0 or not going_on.num_tokens_left:
+        return np.zeros(0, np.int64), np.zeros(0, np.int8)
+    offers = _by_size(problem)
+    numbers = np.array([tier.tier for tier in offers], np.int8)
+    values = _values(
+        problem,
+        np.maximum(waiting.pending_seconds, view.least_pending_seconds),
+        waiting.missed,
+        _extra_seconds(problem)[numbers, None] * waiting.num_tokens,
+        np.stack([problem.fits_pool(waiting, tier) for tier in offers]),
+    )
+    per_block = np.array([tier.units_per_block for tier in offers], np.int64)
+    num_units = per_block[:, None] * problem.num_blocks(waiting.num_tokens + 1)
+    num_tokens = np.minimum(waiting.num_tokens, problem.max_num_batched_tokens)
+    one_seat = np.ones((), np.int64)
+    needs = (
+        num_units,
+        np.broadcast_to(num_tokens, values.shape),
+        np.broadcast_to(one_seat, values.shape),
+    )
+    choice = solve(Knapsack(values, needs, (room, going_on.num_tokens_left, seats)))
+    chosen = indices(choice != NOT_CHOSEN)
+    return chosen, numbers[choice[chosen]]
+
+
+def _by_size(problem: BatchProblem) -> list[TierSpec]:
+    """Tiers by rising units per block; of equally large ones the fastest alone."""
+    seconds = problem.cost.seconds_per_cached_token
+    fastest: dict[int, TierSpec] = {}
+    for tier in sorted(problem.tiers, key=lambda tier: seconds.get(tier.tier, 0.0)):
+        fastest.setdefault(tier.units_per_block, tier)
+    return [fastest[size] for size in sorted(fastest)]
+
+
+def _decode(problem: BatchProblem, view: _View) -> Decision | None:
+    running, ready = problem.running, view.ready
+    if not len(ready):
+        return None
+    room = problem.num_units - int(running.num_units.sum() - running.num_units[ready].sum())
+    chosen, tiers, num_units = _choose_running(problem, view, room)
+    if not len(chosen):
+        return None
+    idle = np.setdiff1d(ready, chosen, assume_unique=True)
+    missing = num_units + int(running.num_units[idle].sum()) - room
+    preempted = _least_worthy(running, idle, missing)
+    num_promoted = int(np.count_nonzero(tiers != running.tiers[chosen]))
+    return Decision(
+        slots=running.slots[chosen],
+        num_tokens=np.ones(len(chosen), np.int64),
+        tiers=tiers,
+        preempted=running.slots[preempted],
+        reason=(
+            f"decode: {view.comparison}; {len(chosen)} run "
+            f"({int(np.count_nonzero(tiers != Tier.KV))} not in KV, {num_promoted} promoted), "
+            f"{len(idle) - len(preempted)} sit out, {len(preempted)} lose their memory"
+        ),
+    )
+
+
+def _choose_running(problem: BatchProblem, view: _View, room: int) -> tuple[Ints, Tiers, int]:
+    """Rows of ``running`` to decode, their tiers, and the units they will hold.
+
+    Two options each: the tier held, and for hidden ones KV.
+    """
+    running, ready = problem.running, view.ready
+    held, num_cached = running.tiers[ready], running.num_computed_tokens[ready]
+    tiers = np.stack([held, np.full_like(held, Tier.KV)])
+    fits_kv = problem.fits_pool(running, problem.tiers[0])[ready]
+    offered = np.stack([np.ones(len(ready), np.bool_), (held == Tier.HIDDEN) & fits_kv])
+    pending = np.maximum(running.pending_seconds[ready], view.least_pending_seconds)
+    extra = _extra_seconds(problem)[tiers] * num_cached
+    values = _values(problem, pending, running.missed[ready], extra, offered)
+
+    num_units = problem.num_units_for(num_cached + 1, tiers)
+    one_seat = np.broadcast_to(np.ones((), np.int64), values.shape)
+    needs = (num_units, one_seat, num_units - num_units[0])
+    seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
+    spare = max(0, room - int(num_units[0].sum()) - view.headroom)
+    choice = solve(Knapsack(values, needs, (room, seats, spare)))
+    if (choice == NOT_CHOSEN).all():
+        # Hidden caches that are not worth their time and cannot be promoted: better slow than not.
+        held_only = Knapsack(pending[None], tuple(need[:1] for need in needs), (room, seats, spare))
+        choice = solve(held_only)
+    rows = indices(choice != NOT_CHOSEN)
+    options = choice[rows]
+    return ready[rows], tiers[options, rows], int(num_units[options, rows].sum())
+
+
+def _least_worthy(running: Candidates, rows: Ints, num_missing_units: int) -> Ints:
+    """Those of some running requests that give up their memory so that enough comes free.
+
+    Least pending time per unit first, the missed before all others, of equals the latest arrival.
+    """
+    if num_missing_units <= 0:
+        return rows[:0]
+    worth = running.pending_seconds[rows] / running.num_units[rows]
+    worth[running.missed[rows]] *= ALMOST_NOTHING
+    order = rows[np.lexsort((-rows, worth))]
+    freed = np.cumsum(running.num_units[order])
+    return order[: int(np.searchsorted(freed, num_missing_units)) + 1]
