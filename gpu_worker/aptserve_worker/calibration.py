@@ -26,7 +26,7 @@ from aptserve_worker.plan import (
     Tier,
 )
 
-_BUDGET_SECONDS = 2.0
+_BUDGET_SECONDS = 1.5
 """No further batch is begun after this long."""
 
 _REPEATS = 3

@@ -48,6 +48,7 @@ from aptserve_scheduler.workers import AttachedWorker, WorkerPort
 _log = structlog.stdlib.get_logger(__name__)
 INTERNAL_TEXT = "internal error"
 """All that a client is told of a fault of ours; the log has the rest under the request id."""
+_MAX_PLANNING_FAULTS = 3
 
 Clock = Callable[[], float]
 
@@ -70,6 +71,7 @@ class Driver:
         self._streams: dict[RequestId, RequestStream] = {}
         self._workers: dict[WorkerId, AttachedWorker] = {}
         self._is_pump_due = False
+        self._num_planning_faults = 0
         self._no_requests = asyncio.Event()
         self._no_requests.set()
         self.last_progress = clock()
@@ -204,6 +206,7 @@ class Driver:
             raise ProtocolError(str(error)) from error
         worker.num_plans_in_flight -= 1
         self.last_progress = now
+        self._num_planning_faults = 0
         self._pump(worker)  # the worker first, then the clients
         self._dispatch(events)
         if any(w.num_plans_in_flight == 0 for w in self._workers.values()):
@@ -234,7 +237,11 @@ class Driver:
             self._pump(worker)
 
     def _pump(self, worker: AttachedWorker) -> None:
-        """Fill the worker's pipeline. A fault of the core costs the worker's stream, not more."""
+        """Fill the worker's pipeline. A fault of the core costs the worker's stream.
+
+        Faults without an answer between them would go on as the worker dials again and again, with
+        everybody waiting: then the requests are given up.
+        """
         try:
             if worker.is_leaving:
                 self._let_go(worker)
@@ -244,6 +251,9 @@ class Driver:
             _log.exception("planning failed", worker_id=worker.spec.worker_id)
             worker.port.cut(InternalError(INTERNAL_TEXT))
             self.detach(worker)
+            self._num_planning_faults += 1
+            if self._num_planning_faults >= _MAX_PLANNING_FAULTS:
+                self.fail_all(InternalError(INTERNAL_TEXT))
 
     def _send_plans(self, worker: AttachedWorker) -> None:
         worker_id = worker.spec.worker_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from aptserve_kernels import UnitGeometry
 from torch import Tensor
@@ -28,9 +29,15 @@ class UnitPool:
         self.geometry = geometry
         self.num_units = num_units
         shape = (num_units, geometry.block_size, geometry.unit_width)
-        self.layers: list[Tensor] = [
-            torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)
-        ]
+        self.layers: list[Tensor] = [_zeros(shape, device, dtype) for _ in range(num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros; on a CPU pages of memory that are taken only once they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    memory = np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def unit_bytes(geometry: UnitGeometry, num_layers: int, dtype: torch.dtype) -> int:

@@ -50,7 +50,7 @@ def _candidates(table: RequestTable, slots: Ints, now: float) -> Candidates:
         num_units=table.units[slots],
         tiers=table.tier[slots],
         schedulable=num_tokens < max_total,
-        missed=table.missed(slots, pending),
+        missed=pending > table.miss_after[slots],
         ttft_seconds=table.ttft_objective[slots],
         tbt_seconds=table.tbt_objective[slots],
     )

@@ -90,6 +90,7 @@ class RequestTable:
         ("num_gaps", np.int64),
         ("num_slow_gaps", np.int64),
         ("has_token", np.bool_),
+        ("missed_ttft", np.bool_),
         ("miss_after", np.float64),
     )
 
@@ -116,6 +117,8 @@ class RequestTable:
     num_slow_gaps: Ints
     """Gaps between tokens so far, and those over the objective."""
     has_token: Bools
+    missed_ttft: Bools
+    """The first token came too late."""
     miss_after: Floats
     """Pending time beyond which the request would not meet its objectives if its wait ended then;
     negative once it would not in any case. See :meth:`judge`."""
@@ -192,18 +195,17 @@ class RequestTable:
         """Length of each request in tokens, those that plans in flight will sample included."""
         return np.maximum(self.num_known[slots], self.num_computed[slots] + 1)
 
-    def judge(self, slots: Ints, missed_ttft: Bools) -> None:
+    def judge(self, slots: Ints) -> None:
         """Set ``miss_after`` of requests that got tokens just now.
 
-        Missed for good: the first token, by ``missed_ttft``; missed as things stand: the
-        nearest-rank P99 of the gaps, which leaves floor(n / 100) of n gaps above it.
+        A late first token is missed for good. The P99 of the gaps is judged as it stands: nearest
+        rank leaves floor(n / 100) of n gaps above it.
         """
         num_slow, num_gaps = self.num_slow_gaps[slots], self.num_gaps[slots]
-        is_late = missed_ttft | (self.miss_after[slots] < 0) & ~self._is_first(slots)
-        is_late |= num_slow * 100 > num_gaps
-        spare = (num_slow + 1) * 100 <= num_gaps + 1
-        open_end = np.where(spare, np.inf, self.tbt_objective[slots])
-        self.miss_after[slots] = np.where(is_late, -1.0, open_end)
+        is_late = self.missed_ttft[slots] | (num_slow * 100 > num_gaps)
+        may_be_slow_once_more = (num_slow + 1) * 100 <= num_gaps + 1
+        limit = np.where(may_be_slow_once_more, np.inf, self.tbt_objective[slots])
+        self.miss_after[slots] = np.where(is_late, -1.0, limit)
 
     def _free_row(self, slot: int) -> None:
         self.status[slot] = Status.FREE

@@ -200,7 +200,9 @@ class _Packing:
             if len(bases.rows) > _CHUNK:
                 threshold = float(np.partition(bases.slopes, -_CHUNK)[-_CHUNK])
             steep, bases = bases.split(threshold)
-            upgrades = _joined([*carried, *_further_steps(self._knapsack, steep), steep.pick(_NONE)])
+            upgrades = _joined(
+                [*carried, *_further_steps(self._knapsack, steep), steep.pick(_NONE)]
+            )
             now, later = upgrades.split(threshold)
             chunk = _joined([steep, now])
             # Stable, and bases stand first: of equal slopes the base and the earlier go first.

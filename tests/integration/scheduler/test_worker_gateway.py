@@ -19,6 +19,7 @@ from aptserve.errors import (
 from aptserve.v1 import types_pb2, worker_pb2
 from aptserve.v1.types_pb2 import SamplingParams, TokenIds
 from aptserve_scheduler.api import worker_gateway
+from aptserve_scheduler.core import Scheduler, WorkerId
 from aptserve_worker.fake import FakeModel, FakeWorker, Fault, FaultKind, expected_tokens
 from aptserve_worker.plan import Sampling
 from aptserve_worker.session import RefusedError
@@ -320,3 +321,23 @@ async def test_depth_1_sends_one_plan_at_a_time() -> None:
         answer = await collect(call)
         assert answer.token_ids == [66, 67, 68]
         worker.call.cancel()
+
+
+async def test_a_fault_of_the_core_ends_requests_and_not_the_service(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(scheduler: Scheduler, worker_id: WorkerId, now: float) -> None:
+        raise RuntimeError("injected fault of planning")
+
+    async with FakeWorker(served.address) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "plan", broken)
+            call = served.generate(sampling=SamplingParams(max_tokens=3))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await read_to_end(call)
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert caught.value.details() == "internal error"
+        await worker.wait_attached(num_attachments=worker.session.num_attachments)
+        await eventually(served.is_serving)
+        answer = await served.answer(sampling=SamplingParams(max_tokens=3))
+        assert len(answer.token_ids) == 3

@@ -209,6 +209,22 @@ async def test_a_fault_of_the_policy_costs_the_stream_of_the_worker(
     rig.core.check_integrity()
 
 
+async def test_a_fault_that_stays_gives_the_requests_up(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(worker_id: WorkerId, now: float) -> BatchPlan | None:
+        raise PolicyError("unsound")
+
+    monkeypatch.setattr(rig.core, "plan", broken)
+    stream = rig.submit("a")
+    for _ in range(3):
+        assert not stream.is_closed
+        rig.attach()
+        await turn()
+    with pytest.raises(InternalError):
+        await stream.next()
+
+
 async def test_a_wrong_answer_is_a_protocol_error(rig: Rig) -> None:
     rig.attach()
     rig.submit("a")
