@@ -224,6 +224,7 @@ class _Packing:
 
     def _take_sorted(self, rest: _Increments) -> None:
         """In rounds: the longest prefix that fits, then strike out what cannot fit any more."""
+        rest = rest.pick((~self._struck[rest.rows]).nonzero()[0])
         rows, after = rest.rows, rest.after
         steps = np.stack([rest.needs(need) for need in self._knapsack.needs])
         while len(rows) > _ONE_BY_ONE:
