@@ -1,4 +1,4 @@
-"""What every benchmark needs: the name of the machine, medians with their spread, made-up models."""
+"""What every benchmark needs: the machine's name, medians with their spread, made-up models."""
 
 from __future__ import annotations
 

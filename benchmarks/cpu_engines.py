@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.common import describe_machine, make_prompts, save_opt_125m, spread
 
 PROMPT_TOKENS = 128

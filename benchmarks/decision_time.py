@@ -1,6 +1,6 @@
 """How long the scheduler takes to compose one plan, by policy and number of candidates.
 
-    python benchmarks/decision_time.py [--json OUT] [--repeats N] [--sizes 50 400 1600 16000]
+    python -m benchmarks.decision_time [--json OUT] [--repeats N] [--sizes 50 400 1600 16000]
 
 Times ``Scheduler.plan()`` as a whole: building the problem from the request table, the policy,
 checking its decision, entering it in the books and making the plan. Three situations, each with as
@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from aptserve_scheduler.core import (
     BatchPlan,
@@ -44,6 +44,8 @@ from aptserve_scheduler.core import (
     WorkerSpec,
 )
 from aptserve_scheduler.policies import create_policy
+
+from benchmarks.common import describe_machine
 
 SIZES = (50, 400, 1600, 16000)
 POLICIES = ("apt", "fcfs")
@@ -172,7 +174,7 @@ SITUATIONS: dict[str, Callable[[str, int], Callable[[], float]]] = {
 }
 
 
-def measure(sizes: tuple[int, ...] = SIZES, repeats: int = 40) -> dict[str, object]:
+def measure(sizes: tuple[int, ...] = SIZES, repeats: int = 40) -> dict[str, Any]:
     """Decision times in milliseconds: one row per policy, situation and number of candidates."""
     rows = []
     for policy in POLICIES:
@@ -192,16 +194,7 @@ def measure(sizes: tuple[int, ...] = SIZES, repeats: int = 40) -> dict[str, obje
                         "p90_ms": times[(9 * repeats) // 10],
                     }
                 )
-    return {"cpu": _cpu_name(), "python": platform.python_version(), "decision_time": rows}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {"machine": describe_machine(), "decision_time": rows}
 
 
 def main() -> None:
@@ -212,13 +205,11 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     arguments = parser.parse_args()
     result = measure(tuple(arguments.sizes), arguments.repeats)
-    print(f"{result['cpu']}, Python {result['python']}")
+    print(json.dumps(result["machine"]))
     print(
         f"{'policy':6} {'situation':11} {'candidates':>10} {'median':>8} {'p10':>8} {'p90':>8}  ms"
     )
-    rows = result["decision_time"]
-    assert isinstance(rows, list)
-    for row in rows:
+    for row in result["decision_time"]:
         print(
             f"{row['policy']:6} {row['situation']:11} {row['num_candidates']:10d} "
             f"{row['median_ms']:8.3f} {row['p10_ms']:8.3f} {row['p90_ms']:8.3f}"

@@ -1,7 +1,7 @@
-"""Decode attention of one layer: over KV, over hidden states absorbed, over hidden states projected.
+"""Decode attention of one layer over KV, over hidden states absorbed, and re-projected.
 
-"Re-projected" is what a hidden cache costs without the folding: keys and values of every cached token
-are computed again in each step.
+"Re-projected" is what a hidden cache costs without the folding: keys and values of every cached
+token are computed again in each step.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def measure(rounds: int = 9) -> dict[str, Any]:
     }
 
 
-def _interleaved(
-    cases: dict[str, Callable[[], Tensor]], rounds: int
-) -> dict[str, list[float]]:
+def _interleaved(cases: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():

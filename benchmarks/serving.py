@@ -73,7 +73,7 @@ async def _offline(folder: Path, rounds: int) -> list[float]:
 class _Up:
     """A running ``aptserve up``."""
 
-    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
         self.process = process
         self.client = AsyncClient(address)
         self.start_seconds = 0.0
@@ -86,7 +86,7 @@ class _Up:
                     break
             except AptServeError:
                 pass
-            if time.perf_counter() - started > START_TIMEOUT_SECONDS or self.process.poll():
+            if time.perf_counter() - started > START_TIMEOUT_SECONDS or self.process.returncode:
                 raise SystemExit("aptserve up did not get ready")
             await asyncio.sleep(0.02)
         self.start_seconds = time.perf_counter() - started
@@ -121,8 +121,8 @@ async def _running(*flags: str) -> AsyncIterator[_Up]:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aptserve.cli", "up", "--listen", address, *flags],
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aptserve.cli", "up", "--listen", address, *flags),
         stdout=subprocess.DEVNULL,
     )
     up = _Up(process, address)
@@ -132,7 +132,7 @@ async def _running(*flags: str) -> AsyncIterator[_Up]:
     finally:
         await up.client.close()
         process.terminate()
-        process.wait(STOP_TIMEOUT_SECONDS)
+        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_SECONDS)
 
 
 def measure(folder: Path, rounds: int = 3) -> dict[str, Any]:

@@ -56,11 +56,13 @@ def _measure(engine: ModelEngine, tier: Tier, batch: int) -> dict[str, Any]:
             step + 1,
             scheduled=[ScheduledSequence(i, PROMPT_TOKENS + step, 1) for i in range(batch)],
         )
-        with _timed(PackedLinear, "forward") as in_linear:
-            with _timed(LayerAttention, "__call__") as in_attention:
-                started = time.perf_counter()
-                engine.execute(plan)
-                whole.append((time.perf_counter() - started) * 1e3)
+        with (
+            _timed(PackedLinear, "forward") as in_linear,
+            _timed(LayerAttention, "__call__") as in_attention,
+        ):
+            started = time.perf_counter()
+            engine.execute(plan)
+            whole.append((time.perf_counter() - started) * 1e3)
         linear.append(sum(in_linear) * 1e3)
         attention.append(sum(in_attention) * 1e3)
     engine.reset()

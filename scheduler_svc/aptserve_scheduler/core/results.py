@@ -195,7 +195,6 @@ def _note_tokens(state: State, plan: PlanInFlight, match: Match, now: float) -> 
     table.num_slow_gaps[slots] += ~first & (wait > table.tbt_objective[slots])
     table.has_token[slots] = True
     table.judge(slots)
-    table.judge(slots)
     table.pending_since[slots] = now
     table.num_known[slots] += num_tokens
     state.totals.num_output_tokens += int(num_tokens.sum())

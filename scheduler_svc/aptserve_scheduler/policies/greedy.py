@@ -183,8 +183,8 @@ class _Packing:
         num_rows = knapsack.values.shape[1]
         self._choice: Ints = np.full(num_rows, NOT_CHOSEN)
         self._left = list(knapsack.capacity)
-        # Requests of which a step did not fit: none of their later steps can follow.
-        self._struck = np.zeros(num_rows, np.bool_)
+        # Lowest option of each request to which a step did not fit: nothing from there on follows.
+        self._barred: Ints = np.full(num_rows, len(knapsack.values))
         self._first_unfit: tuple[int, int] | None = None
 
     def take_all(self, bases: _Increments) -> None:
@@ -242,18 +242,18 @@ class _Packing:
             self._note_unfit(int(rows[num_taken]), int(after[num_taken]))
             rows, after, steps = rows[num_taken:], after[num_taken:], steps[:, num_taken:]
             fits = (steps <= left).all(axis=0)
-            self._struck[rows[~fits]] = True
-            keep = (fits & ~self._struck[rows]).nonzero()[0]
+            np.minimum.at(self._barred, rows[~fits], after[~fits])
+            keep = (after < self._barred[rows]).nonzero()[0]
             rows, after, steps = rows[keep], after[keep], steps[:, keep]
         self._take_one_by_one(rows.tolist(), after.tolist(), steps.T.tolist())
 
     def _take_one_by_one(self, rows: list[int], after: list[int], steps: list[list[int]]) -> None:
         for row, option, need in zip(rows, after, steps, strict=True):
-            if self._struck[row]:
+            if option >= self._barred[row]:
                 continue
             left = [have - takes for have, takes in zip(self._left, need, strict=True)]
             if min(left) < 0:
-                self._struck[row] = True
+                self._barred[row] = option
                 self._note_unfit(row, option)
             else:
                 self._left = left

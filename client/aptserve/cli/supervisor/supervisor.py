@@ -75,11 +75,6 @@ class Supervisor:
         """Scheduler first, then workers."""
         return [keeper.part for keeper in self._keepers]
 
-    @property
-    def pids(self) -> dict[str, int]:
-        """Process ids by name, of the children that run."""
-        return {k.part.name: k.child.pid for k in self._keepers if k.child.pid is not None}
-
     async def run(
         self, errand: Callable[[], Awaitable[None]], on_stopping: Callable[[], None]
     ) -> None:
