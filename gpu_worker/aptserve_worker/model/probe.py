@@ -19,7 +19,7 @@ _KNOWN_ARGUMENTS = frozenset(
 )
 
 
-class UnsupportedModelError(Exception):
+class UnsupportedModelError(ValueError):
     """The model cannot be served; the message says why in one sentence."""
 
 
