@@ -47,6 +47,8 @@ def load_model(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     path = str(embedded_model_path()) if source == EMBEDDED else source
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise UnsupportedModelError(f"There is no folder {path!r}.")
     try:
         config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -54,6 +56,10 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"Cannot load {source!r}: {_first_line(error)}") from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not use transformers' attention interface."
+        )
     model.train(False).to(device)
     text_config = config.get_text_config()
     # Some models compare every input with the padding token, which a flattened batch never has.

@@ -159,13 +159,12 @@ def test_a_model_without_the_attention_interface_is_refused(tmp_path: Path):
         "bloom", vocab_size=97, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError) as refused:
+    with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not use"):
         make_engine(tmp_path)
-    assert "\n" not in str(refused.value)
 
 
 def test_a_missing_model_is_refused(tmp_path: Path):
-    with pytest.raises(UnsupportedModelError, match="Cannot load"):
+    with pytest.raises(UnsupportedModelError, match="There is no folder"):
         make_engine(tmp_path / "nothing")
 
 
