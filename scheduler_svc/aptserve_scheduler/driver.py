@@ -39,15 +39,14 @@ from aptserve_scheduler.core import (
     WorkerId,
     WorkerSpec,
 )
+from aptserve_scheduler.delivery import INTERNAL_TEXT, Delivery, with_tokens
 from aptserve_scheduler.feed import PlanFeed
 from aptserve_scheduler.metrics import Metrics
-from aptserve_scheduler.stream import RequestStream, SlowReaderError, StreamEnd
-from aptserve_scheduler.text.pipeline import OutputItem, OutputReady, TextPipeline
+from aptserve_scheduler.stream import RequestStream
+from aptserve_scheduler.text.pipeline import OutputItem
 from aptserve_scheduler.workers import AttachedWorker, WorkerPort
 
 _log = structlog.stdlib.get_logger(__name__)
-INTERNAL_TEXT = "internal error"
-"""All that a client is told of a fault of ours; the log has the rest under the request id."""
 _MAX_PLANNING_FAULTS = 3
 
 Clock = Callable[[], float]
@@ -67,7 +66,7 @@ class Driver:
         self._metrics = metrics
         self._feed = feed
         self._clock = clock
-        self._text = TextPipeline(self._deliver)
+        self._delivery = Delivery(self, metrics)
         self._streams: dict[RequestId, RequestStream] = {}
         self._workers: dict[WorkerId, AttachedWorker] = {}
         self._is_pump_due = False
@@ -107,7 +106,7 @@ class Driver:
 
     def close(self) -> None:
         """Stop the text thread. Nothing may be called after it."""
-        self._text.close()
+        self._delivery.close()
 
     # --- requests ---
 
@@ -137,7 +136,7 @@ class Driver:
 
     def leave(self, stream: RequestStream) -> None:
         """The reader of a stream has gone: end its request if that still runs."""
-        if self._streams.get(stream.request_id) is stream:
+        if self._is_running(stream):
             self._end(stream, FinishReason.ABORT)
 
     def abort(self, request_id: RequestId) -> bool:
@@ -151,17 +150,27 @@ class Driver:
     def fail_all(self, error: AptServeError) -> None:
         """End every request with an error."""
         for stream in list(self._streams.values()):
-            self._fail(stream, error)
+            self.fail(stream, error)
+
+    def stop(self, stream: RequestStream) -> None:
+        """The text of a request is over: end it if it still runs."""
+        if self._is_running(stream):
+            self._end(stream, FinishReason.STOP)
+
+    def fail(
+        self, stream: RequestStream, error: AptServeError, *, drop_unsent: bool = False
+    ) -> None:
+        """End a stream with an error, and its request if that still runs."""
+        stream.fail(error, drop_unsent=drop_unsent)
+        if self._is_running(stream):
+            self._dispatch(self._core.fail(stream.request_id, error.message, self._clock()))
+            self.pump_soon()
+
+    def _is_running(self, stream: RequestStream) -> bool:
+        return self._streams.get(stream.request_id) is stream
 
     def _end(self, stream: RequestStream, reason: FinishReason) -> None:
         self._dispatch(self._core.finish(stream.request_id, reason, self._clock()))
-        self.pump_soon()
-
-    def _fail(
-        self, stream: RequestStream, error: AptServeError, *, drop_unsent: bool = False
-    ) -> None:
-        stream.fail(error, drop_unsent=drop_unsent)
-        self._dispatch(self._core.fail(stream.request_id, error.message, self._clock()))
         self.pump_soon()
 
     # --- workers ---
@@ -294,78 +303,11 @@ class Driver:
             item = items.get(event.request_id) or OutputItem(stream)
             if isinstance(event, TokensAppended):
                 self._metrics.observe_tokens(stream, len(event.token_ids), now)
-                item = _with_tokens(item, event)
+                item = with_tokens(item, event)
             else:
                 item = replace(item, end=event)
                 del self._streams[event.request_id]
             items[event.request_id] = item
         if not self._streams:
             self._no_requests.set()
-        self._text.submit(list(items.values()))
-
-    def _deliver(self, ready: Sequence[OutputReady]) -> None:
-        """Hand tokens and text to the streams; the order per request is that of the steps."""
-        for output in ready:
-            stream = output.item.stream
-            end = output.item.end
-            if output.error is not None:
-                _log.error("text failed", request_id=stream.request_id, exc_info=output.error)
-                self._fail_if_running(stream, InternalError(INTERNAL_TEXT))
-                end = end and replace(end, reason=None, error="text failed")
-            else:
-                self._add_to_stream(output)
-            if end is not None:
-                self._finish(output.item, end)
-
-    def _add_to_stream(self, output: OutputReady) -> None:
-        stream = output.item.stream
-        try:
-            stream.add(output.item.token_ids, output.text, output.item.logprobs)
-        except SlowReaderError as error:
-            self._fail_if_running(stream, error, drop_unsent=True)
-        if output.matched_stop_string is not None:
-            stream.matched_stop_string = output.matched_stop_string
-            if self._streams.get(stream.request_id) is stream:
-                self._end(stream, FinishReason.STOP)
-
-    def _fail_if_running(
-        self, stream: RequestStream, error: AptServeError, *, drop_unsent: bool = False
-    ) -> None:
-        if self._streams.get(stream.request_id) is stream:
-            self._fail(stream, error, drop_unsent=drop_unsent)
-        else:
-            stream.fail(error, drop_unsent=drop_unsent)
-
-    def _finish(self, item: OutputItem, end: RequestFinished) -> None:
-        """The last thing that happens to a request."""
-        stream = item.stream
-        log = _log.bind(request_id=stream.request_id)
-        if end.reason is None:
-            self._metrics.failures.inc()
-            log.warning("request failed", error=end.error, is_cut=stream.is_closed)
-            stream.fail(InternalError(INTERNAL_TEXT))
-            return
-        matched = stream.matched_stop_string
-        reason = end.reason if matched is None else FinishReason.STOP
-        is_stop_token = reason is FinishReason.STOP and matched is None and len(item.token_ids) > 0
-        self._metrics.observe_end(reason, end.timing)
-        log.info(
-            "request finished", reason=reason.value, num_output_tokens=stream.num_output_tokens
-        )
-        stream.finish(
-            StreamEnd(
-                reason=reason,
-                timing=end.timing,
-                matched_stop_string=matched,
-                matched_stop_token_id=item.token_ids[-1] if is_stop_token else None,
-            )
-        )
-
-
-def _with_tokens(item: OutputItem, event: TokensAppended) -> OutputItem:
-    logprobs = event.logprobs if isinstance(event.logprobs, tuple) else ()
-    return replace(
-        item,
-        token_ids=(*item.token_ids, *event.token_ids),
-        logprobs=(*item.logprobs, *logprobs),
-    )
+        self._delivery.submit(list(items.values()))

@@ -23,7 +23,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from aptserve_scheduler.api.malformed import find_invalid_string
-from aptserve_scheduler.driver import INTERNAL_TEXT
+from aptserve_scheduler.delivery import INTERNAL_TEXT
 
 _log = structlog.stdlib.get_logger(__name__)
 _BEARER = "bearer "

@@ -22,7 +22,8 @@ from aptserve.v1 import worker_pb2, worker_pb2_grpc
 
 from aptserve_scheduler.api import wire
 from aptserve_scheduler.core.types import BatchPlan, SequenceId
-from aptserve_scheduler.driver import INTERNAL_TEXT, Driver
+from aptserve_scheduler.delivery import INTERNAL_TEXT
+from aptserve_scheduler.driver import Driver
 from aptserve_scheduler.model import ModelSlot
 from aptserve_scheduler.workers import AttachedWorker
 

@@ -27,12 +27,16 @@ from support.scheduling import CALL_SECONDS, Serving, collect, read_event, servi
 
 async def failure(call: Any) -> AptServeError:
     """The error that a call ends with."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
+
+    async def finish() -> None:
+        if not hasattr(call, "__aiter__"):
             await call
+            return
+        async for _ in call:
+            pass
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await finish()
     return from_rpc_error(caught.value)
 
 

@@ -12,6 +12,7 @@ import urllib.request
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from aptserve.errors import UnauthenticatedError, UnavailableError, from_rpc_error
 from aptserve.v1 import admin_pb2, inference_pb2, types_pb2
@@ -323,9 +324,7 @@ async def test_the_process_ends_with_0_after_sigterm_and_is_small() -> None:
         async with asyncio.timeout(20):
             while b'"listening"' not in await process.stderr.readline():
                 assert process.returncode is None
-            with open(f"/proc/{process.pid}/statm") as statm:
-                resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-            assert resident < 300 << 20
+            assert psutil.Process(process.pid).memory_info().rss < 300 << 20
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
     finally:

@@ -39,10 +39,13 @@ PROMPT = list(b"once upon a time")
 
 async def refusal(worker: ScriptedWorker) -> AptServeError:
     """The error that the worker's stream ends with."""
+
+    async def finish() -> None:
+        while await worker.call.read() is not grpc.aio.EOF:
+            pass
+
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(10):
-            while await worker.call.read() is not grpc.aio.EOF:
-                pass
+        await asyncio.wait_for(finish(), 10)
     return from_rpc_error(caught.value)
 
 
@@ -50,7 +53,7 @@ def pool(**fields: Any) -> worker_pb2.PoolInfo:
     message = worker_pb2.PoolInfo()
     message.CopyFrom(make_register().pool)
     for name, value in fields.items():
-        message.ClearField(name)
+        message.ClearField(name)  # type: ignore[arg-type]
         if isinstance(value, list):
             getattr(message, name).extend(value)
         else:

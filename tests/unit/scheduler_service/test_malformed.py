@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 from aptserve.v1 import inference_pb2, types_pb2, worker_pb2
 from aptserve_scheduler.api.malformed import find_invalid_string
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
 MARK = "@@@@"
+
+
+def descriptor_of(message: Message) -> Descriptor:
+    return cast(Descriptor, message.DESCRIPTOR)
 
 
 def broken(message: Message) -> bytes:
@@ -48,7 +55,7 @@ CASES = [
 
 @pytest.mark.parametrize(("message", "path"), CASES, ids=[path for _, path in CASES])
 def test_the_field_is_named_by_its_path(message: Message, path: str) -> None:
-    assert find_invalid_string(broken(message), message.DESCRIPTOR) == path
+    assert find_invalid_string(broken(message), descriptor_of(message)) == path
 
 
 def test_bytes_fields_may_hold_anything() -> None:
