@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,10 +78,14 @@ class Attachment:
         """Introduce the worker and return the scheduler's answer.
 
         Raises ``TimeoutError`` without an answer in time (connecting included), ``AioRpcError`` for
-        a refusal and :class:`ScheduleProtocolError` for another answer.
+        a refusal and :class:`ScheduleProtocolError` for another answer. A refusal that arrives
+        while Register is being sent shows as INTERNAL: grpc.aio then replaces the status by its own
+        failure to write. The next dial tells.
         """
         async with asyncio.timeout(REGISTER_TIMEOUT_SECONDS):
-            await self._call.write(worker_pb2.AttachRequest(register=message))
+            # A call refused before the write: the read below tells why.
+            with contextlib.suppress(asyncio.InvalidStateError):
+                await self._call.write(worker_pb2.AttachRequest(register=message))
             answer = await self._call.read()
         if answer is grpc.aio.EOF:
             raise StreamLostError("the scheduler closed the stream before Registered")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ from aptserve_worker.plan import EngineInfo
 
 MAX_ENGINE_FAILURES = 3
 """Engine failures without a good step between them after which only a new process can help."""
+
+LASTING_SECONDS = 5.0
+"""A stream that was idle for less and broke does not count as progress: a scheduler that accepts a
+worker and fails at once is dialled more and more slowly."""
 
 MAX_MESSAGE_BYTES = 64 << 20
 """Register carries the tokenizer (the largest in use has 33 MiB of JSON); a plan may bring 256 new
@@ -110,6 +115,7 @@ class WorkerSession:
         self._changed = asyncio.Condition()
         self._backoff = Backoff()
         self._num_engine_failures = 0
+        self._attached_at = 0.0
         self.attached = False
         """Whether a scheduler has accepted this worker and the stream lives."""
         self.num_attachments = 0
@@ -223,6 +229,7 @@ class WorkerSession:
     async def _set_attached(self, attached: bool) -> None:
         async with self._changed:
             self.attached = attached
+            self._attached_at = time.monotonic()
             self.num_attachments += attached
             self._changed.notify_all()
 
@@ -238,7 +245,7 @@ class WorkerSession:
                 raise RefusedError(f"the scheduler refused this worker: {reason}") from error
         else:
             reason = str(error) or "no answer in time"
-        if self.attached:
+        if self.attached and time.monotonic() - self._attached_at > LASTING_SECONDS:
             self._backoff.reset()
         self._log.warning(
             "stream lost" if self.attached else "cannot attach",

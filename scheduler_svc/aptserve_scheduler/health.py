@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 from aptserve.errors import UnavailableError
@@ -15,6 +15,7 @@ from aptserve_scheduler.driver import Driver
 
 _log = structlog.stdlib.get_logger(__name__)
 _CHECK_SECONDS = 1.0
+_TELL_SECONDS = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -51,6 +52,10 @@ class HealthKeeper:
         self._had_worker_at = time.monotonic()
         self._is_serving: bool | None = None
         self._wake = asyncio.Event()
+
+    async def close(self) -> None:
+        """NOT_SERVING for good, all services."""
+        await self._tell(self._servicer.enter_graceful_shutdown())
 
     def wake(self) -> None:
         """Look now: a worker came or went, or a drain began."""
@@ -92,4 +97,12 @@ class HealthKeeper:
         self._is_serving = is_serving
         _log.info("health changed", serving=is_serving, num_workers=len(self._driver.workers))
         for service in self._watched:
-            await self._servicer.set(service, _SERVING if is_serving else _NOT_SERVING)
+            await self._tell(self._servicer.set(service, _SERVING if is_serving else _NOT_SERVING))
+
+    async def _tell(self, change: Awaitable[None]) -> None:
+        """Make a change, which waits for whoever watches the service to take it."""
+        try:
+            async with asyncio.timeout(_TELL_SECONDS):
+                await change
+        except TimeoutError:
+            _log.warning("a watcher of health does not read", seconds=_TELL_SECONDS)

@@ -244,20 +244,27 @@ class SchedulerService:
     async def _shut_down(self, grace_seconds: float, health_task: asyncio.Task[None]) -> None:
         _log.info("stopping", num_pending=self._driver.num_pending)
         self._is_draining = True
-        await self._health_servicer.enter_graceful_shutdown()
+        await self._health.close()
         await self._drain(grace_seconds)
         stopping = UnavailableError("the scheduler is stopping")
         self._driver.fail_all(stopping)
         self._feed.close()
         for worker in list(self._driver.workers.values()):
             worker.port.cut(stopping)
-        await self._server.stop(_CLOSE_SECONDS)
+        await self._close_server()
         health_task.cancel()
         await asyncio.gather(health_task, return_exceptions=True)
         self._driver.close()
         self._prompts.close()
         await asyncio.to_thread(self._metrics.close)
         _log.info("stopped")
+
+    async def _close_server(self) -> None:
+        try:
+            async with asyncio.timeout(2 * _CLOSE_SECONDS):
+                await self._server.stop(_CLOSE_SECONDS)
+        except TimeoutError:
+            _log.warning("calls did not end", seconds=2 * _CLOSE_SECONDS)
 
     async def _drain(self, grace_seconds: float) -> None:
         """Wait for the accepted requests, for so long or until there is hurry."""

@@ -79,6 +79,17 @@ class FakeGateway(worker_pb2_grpc.WorkerGatewayServicer):
             stream.registered()
         return stream
 
+    async def refuse(self, status: grpc.StatusCode) -> None:
+        """Read the next stream's Register and end it with a status."""
+        stream = await self.accept(register=False)
+        await stream.receive()
+        stream.end(status)
+
+    async def refuse_all_unread(self, status: grpc.StatusCode) -> None:
+        """End every stream at once, whatever it sends; for a task of its own."""
+        while True:
+            (await self._streams.get()).end(status)
+
     async def Attach(  # noqa: N802
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[worker_pb2.AttachResponse]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from aptserve_scheduler.core import (
@@ -157,6 +157,8 @@ class CheckingWorker:
                 skipped.append(entry.sequence_id)
             elif self.rng.random() < self.fail_probability:
                 sequence.ended = True
+                # What a broken sequence holds is up to the worker until it is released.
+                sequence.num_units = self.rng.choice([0, sequence.num_units])
                 failures.append(SequenceFailure(entry.sequence_id, "broken"))
             else:
                 outputs += self._compute(entry, sequence)
@@ -249,6 +251,59 @@ def run_until_idle(
         now += 0.01
         outcome.note(scheduler.apply(worker_id, worker.step(), now))
     raise AssertionError(f"{scheduler.num_requests} requests are left after {max_steps} steps")
+
+
+@dataclass
+class Rig:
+    """A scheduler and its worker ``w``, advanced by hand; the books are recounted at each move."""
+
+    scheduler: Scheduler
+    worker: CheckingWorker
+    outcome: Outcome = field(default_factory=Outcome)
+
+    def add(self, *specs: RequestSpec, now: float = 0.0) -> None:
+        """Requests that arrive together."""
+        for spec in specs:
+            self.outcome.note(self.scheduler.add_request(spec, now))
+
+    def try_plan(self, now: float = 0.0) -> BatchPlan | None:
+        """The next plan, handed to the worker; ``None`` if there is none now."""
+        plan = self.scheduler.plan(self.worker.spec.worker_id, now)
+        self.scheduler.check_integrity()
+        if plan is not None:
+            self.worker.receive(plan)
+        return plan
+
+    def plan(self, now: float = 0.0) -> BatchPlan:
+        """Like :meth:`try_plan`; there must be one."""
+        plan = self.try_plan(now)
+        assert plan is not None
+        return plan
+
+    def answer(self, now: float = 0.0, **changes: object) -> list[Event]:
+        """The worker runs its oldest plan and answers, with fields of the result replaced."""
+        result = replace(self.worker.step(), **changes)  # type: ignore[arg-type]
+        events = self.scheduler.apply(self.worker.spec.worker_id, result, now)
+        self.scheduler.check_integrity()
+        self.outcome.note(events)
+        return events
+
+    def finish(self, request_id: str, reason: FinishReason, now: float = 0.0) -> list[Event]:
+        """End a request from outside."""
+        events = self.scheduler.finish(RequestId(request_id), reason, now)
+        self.scheduler.check_integrity()
+        self.outcome.note(events)
+        return events
+
+    @property
+    def num_used_units(self) -> int:
+        """Units given out, by the scheduler's books."""
+        return self.scheduler.snapshot(0.0).workers[0].num_used_units
+
+
+def make_rig(policy: str | Policy = "fcfs", depth: int = 1, **worker: object) -> Rig:
+    """A scheduler and a worker built from the same fields."""
+    return Rig(make_scheduler(policy, depth, **worker), CheckingWorker(make_worker(**worker)))  # type: ignore[arg-type]
 
 
 def expected_tokens(spec: RequestSpec) -> list[int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import repeat
+from typing import TypeVar
 
 import numpy as np
 
 from aptserve_scheduler.core.errors import PolicyError
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, Ints, Status, Tiers
+from aptserve_scheduler.core.table import Bools, Ints, Status
 from aptserve_scheduler.core.types import (
     BatchPlan,
     NewSequence,
@@ -23,7 +24,10 @@ from aptserve_scheduler.core.types import (
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Decision
 
-_TIER_BY_NUMBER = {int(tier): tier for tier in Tier}
+_Value = TypeVar("_Value")
+
+_TIER_BY_NUMBER = np.full(max(Tier) + 1, None, np.object_)
+_TIER_BY_NUMBER[list(Tier)] = list(Tier)
 
 
 def compose(state: State, worker: WorkerState, decision: Decision, now: float) -> BatchPlan:
@@ -89,18 +93,18 @@ def _check_shape(state: State, worker: WorkerState, decision: Decision) -> None:
 
 def _check_requests(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:
     table, slots = state.table, decision.slots
-    runs_here = (table.status == Status.RUNNING) & (table.worker == worker.index)
-    may_start = (table.in_flight[slots] == 0) & (
-        table.max_total[slots] <= worker.max_request_tokens
-    )
-    candidate = np.where(is_new, may_start, runs_here[slots])
-    if not candidate.all() or not runs_here[decision.preempted].all():
+    # A request has a worker exactly while it runs there.
+    runs_here = table.worker[slots] == worker.index
+    longest = table.max_total[slots]
+    may_start = is_new & (table.in_flight[slots] == 0) & (longest <= worker.max_request_tokens)
+    preempted_here = table.worker[decision.preempted] == worker.index
+    if not (runs_here | may_start).all() or not preempted_here.all():
         raise PolicyError("a request that is no candidate of this worker is named")
     length = table.num_tokens(slots)
-    remaining = length - table.num_computed[slots]
-    if np.any(length >= table.max_total[slots]):
+    if (length >= longest).any():
         raise PolicyError("a request whose end is in flight is chosen")
-    if np.any(decision.num_tokens < 1) or np.any(decision.num_tokens > remaining):
+    remaining = length - table.num_computed[slots]
+    if ((decision.num_tokens < 1) | (decision.num_tokens > remaining)).any():
         raise PolicyError("a request is given no token or more than it has left")
 
 
@@ -169,9 +173,15 @@ def _enter_plan(
         worker_id=worker.spec.worker_id,
         release=release,
         promote=tuple(sequence_ids[i] for i in changed_tier),
-        new=tuple(_new_sequence(state, slot) for slot in slots[is_new].tolist()),
-        scheduled=_scheduled(
-            sequence_ids, request_ids, decision.tiers, starts, decision.num_tokens
+        new=_new_sequences(state, slots[is_new]),
+        scheduled=_filled(
+            ScheduledSequence,
+            len(sequence_ids),
+            sequence_id=sequence_ids,
+            request_id=request_ids,
+            tier=_TIER_BY_NUMBER[decision.tiers].tolist(),
+            num_computed_tokens=starts.tolist(),
+            num_new_tokens=decision.num_tokens.tolist(),
         ),
         reason=decision.reason,
         preempted=preempted,
@@ -181,42 +191,30 @@ def _enter_plan(
     )
 
 
-def _new_sequence(state: State, slot: int) -> NewSequence:
+def _new_sequences(state: State, slots: Ints) -> tuple[NewSequence, ...]:
     table = state.table
-    request = table.request(slot)
-    spec = request.spec
-    return NewSequence(
-        sequence_id=SequenceId(int(table.sequence[slot])),
-        request_id=spec.request_id,
-        token_ids=request.known_token_ids,
-        num_prompt_tokens=len(spec.prompt_token_ids),
-        tier=_TIER_BY_NUMBER[int(table.tier[slot])],
-        max_tokens=spec.max_tokens,
-        sampling=spec.sampling,
+    requests = [table.request(slot) for slot in slots.tolist()]
+    specs = [request.spec for request in requests]
+    return _filled(
+        NewSequence,
+        len(requests),
+        sequence_id=table.sequence[slots].tolist(),
+        request_id=[spec.request_id for spec in specs],
+        token_ids=[request.known_token_ids for request in requests],
+        num_prompt_tokens=table.num_prompt[slots].tolist(),
+        tier=_TIER_BY_NUMBER[table.tier[slots]].tolist(),
+        max_tokens=[spec.max_tokens for spec in specs],
+        sampling=[spec.sampling for spec in specs],
     )
 
 
-def _scheduled(
-    sequence_ids: Sequence[SequenceId],
-    request_ids: Sequence[RequestId],
-    tiers: Tiers,
-    starts: Ints,
-    num_tokens: Ints,
-) -> tuple[ScheduledSequence, ...]:
-    """The entries of a plan, filled column by column.
+def _filled(kind: type[_Value], num: int, **columns: Sequence[object]) -> tuple[_Value, ...]:
+    """Instances of a frozen dataclass with slots, from one column per field.
 
-    A frozen dataclass sets its fields through a Python-level constructor, which for a batch of
-    hundreds is a large part of the whole decision time; the slots' own setters halve it.
+    Its own constructor sets every field through Python code, which for a batch of hundreds is a
+    large part of the whole decision time; the slots' setters, called from C, take a third of that.
     """
-    kind = ScheduledSequence
-    entries = list(map(object.__new__, repeat(kind, len(sequence_ids))))
-    columns: tuple[tuple[str, Sequence[object]], ...] = (
-        ("sequence_id", sequence_ids),
-        ("request_id", request_ids),
-        ("tier", [_TIER_BY_NUMBER[number] for number in tiers.tolist()]),
-        ("num_computed_tokens", starts.tolist()),
-        ("num_new_tokens", num_tokens.tolist()),
-    )
-    for name, values in columns:
-        deque(map(getattr(kind, name).__set__, entries, values), maxlen=0)
-    return tuple(entries)
+    values = list(map(object.__new__, repeat(kind, num)))
+    for name, column in columns.items():
+        deque(map(getattr(kind, name).__set__, values, column), maxlen=0)
+    return tuple(values)

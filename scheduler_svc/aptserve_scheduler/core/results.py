@@ -129,7 +129,8 @@ def check_unit_count(worker: WorkerState, result: StepResult, match: Match) -> N
     for entry in np.flatnonzero(changed).tolist():
         count.record(plan.sequence_ids[entry], after[entry], after[entry])
     for entry in np.flatnonzero(plan.promoted & match.skipped).tolist():
-        count.record(plan.sequence_ids[entry], int(plan.units_before[entry]), after[entry])
+        low, _ = count.of(plan.sequence_ids[entry])
+        count.record(plan.sequence_ids[entry], low, after[entry])
     for failure in result.failures:
         entry = plan.sequence_ids.index(failure.sequence_id)
         count.record(failure.sequence_id, 0, after[entry])

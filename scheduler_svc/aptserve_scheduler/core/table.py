@@ -219,6 +219,7 @@ class RequestTable:
             setattr(self, name, np.concatenate([old, np.zeros(added, dtype)]))
         self.requests.extend([None] * added)
         self.request_ids.extend([RequestId("")] * added)
+        self.worker[self._capacity :] = NO_WORKER
         # Popped from the end, so low slots go first.
         self._free = list(range(capacity - 1, self._capacity - 1, -1)) + self._free
         self._capacity = capacity

@@ -48,6 +48,7 @@ from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack, solve
 
 ALMOST_NOTHING = 1e-6
 """Factor on the value of a request that missed its objectives; order among the missed is kept."""
+_NUM_TIER_NUMBERS = 128
 HEADROOM = 0.01
 """Share of the pool that admissions and promotions leave free while requests run."""
 
@@ -83,6 +84,8 @@ class _View:
     running_seconds: float
     num_waiting: int
     least_pending_seconds: float
+    next_units: Ints
+    """Units that the ready ones hold with one more token, in their tiers."""
     headroom: int
     """Units to leave free for the next decode step."""
 
@@ -116,6 +119,7 @@ class _View:
             running_seconds=float(pending[ready].sum()),
             num_waiting=len(waiting) + len(under_way),
             least_pending_seconds=_decode_step_seconds(problem, ready),
+            next_units=next_units,
             headroom=headroom,
         )
 
@@ -123,18 +127,18 @@ class _View:
 def _decode_step_seconds(problem: BatchProblem, ready: Ints) -> float:
     """Time of a decode of all that could, by the cost model; always positive."""
     cost, running = problem.cost, problem.running
-    seconds = cost.base_seconds
-    seconds += (cost.seconds_per_token + cost.seconds_per_sequence) * len(ready)
-    for tier, per_token in cost.seconds_per_cached_token.items():
-        in_tier = running.tiers[ready] == tier
-        seconds += per_token * float(running.num_computed_tokens[ready][in_tier].sum())
-    return max(seconds, 1e-9)
+    per_cached = np.zeros(_NUM_TIER_NUMBERS)
+    for tier, seconds in cost.seconds_per_cached_token.items():
+        per_cached[tier] = seconds
+    cached = per_cached[running.tiers[ready]] @ running.num_computed_tokens[ready]
+    per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
+    return max(cost.base_seconds + per_sequence * len(ready) + float(cached), 1e-9)
 
 
 def _extra_seconds(problem: BatchProblem) -> Floats:
     """rho of each tier, by the tier's number: seconds per cached token beyond KV's, never < 0."""
     cost = problem.cost.seconds_per_cached_token
-    rho = np.zeros(128)
+    rho = np.zeros(_NUM_TIER_NUMBERS)
     for tier in problem.tiers:
         rho[tier.tier] = max(0.0, cost.get(tier.tier, 0.0) - cost.get(Tier.KV, 0.0))
     return rho
@@ -230,10 +234,10 @@ def _decode(problem: BatchProblem, view: _View) -> Decision | None:
     if not len(ready):
         return None
     room = problem.num_units - int(running.num_units.sum() - running.num_units[ready].sum())
-    chosen, tiers, num_units = _choose_running(problem, view, room)
+    is_chosen, tiers, num_units = _choose_running(problem, view, room)
+    chosen, idle = ready[is_chosen], ready[~is_chosen]
     if not len(chosen):
         return None
-    idle = np.setdiff1d(ready, chosen, assume_unique=True)
     missing = num_units + int(running.num_units[idle].sum()) - room
     preempted = _least_worthy(running, idle, missing)
     num_promoted = int(np.count_nonzero(tiers != running.tiers[chosen]))
@@ -250,21 +254,25 @@ def _decode(problem: BatchProblem, view: _View) -> Decision | None:
     )
 
 
-def _choose_running(problem: BatchProblem, view: _View, room: int) -> tuple[Ints, Tiers, int]:
-    """Rows of ``running`` to decode, their tiers, and the units they will hold.
+def _choose_running(problem: BatchProblem, view: _View, room: int) -> tuple[Bools, Tiers, int]:
+    """Which of the ready rows to decode; the tiers of those, and the units they will hold.
 
     Two options each: the tier held, and for hidden ones KV.
     """
     running, ready = problem.running, view.ready
     held, num_cached = running.tiers[ready], running.num_computed_tokens[ready]
-    tiers = np.stack([held, np.full_like(held, Tier.KV)])
-    fits_kv = problem.fits_pool(running, problem.tiers[0])[ready]
-    offered = np.stack([np.ones(len(ready), np.bool_), (held == Tier.HIDDEN) & fits_kv])
+    may_promote = (held == Tier.HIDDEN) & problem.fits_pool(running, problem.tiers[0])[ready]
+    tiers, offered = held[None], np.ones((1, len(ready)), np.bool_)
+    num_units = view.next_units[None]
+    if may_promote.any():
+        in_kv = np.full_like(held, Tier.KV)
+        tiers = np.stack([held, in_kv])
+        offered = np.stack([offered[0], may_promote])
+        num_units = np.stack([num_units[0], problem.num_units_for(num_cached + 1, in_kv)])
     pending = np.maximum(running.pending_seconds[ready], view.least_pending_seconds)
     extra = _extra_seconds(problem)[tiers] * num_cached
     values = _values(problem, pending, running.missed[ready], extra, offered)
 
-    num_units = problem.num_units_for(num_cached + 1, tiers)
     one_seat = np.broadcast_to(np.ones((), np.int64), values.shape)
     needs = (num_units, one_seat, num_units - num_units[0])
     seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
@@ -274,9 +282,10 @@ def _choose_running(problem: BatchProblem, view: _View, room: int) -> tuple[Ints
         # Hidden caches that are not worth their time and cannot be promoted: better slow than not.
         held_only = Knapsack(pending[None], tuple(need[:1] for need in needs), (room, seats, spare))
         choice = solve(held_only)
-    rows = indices(choice != NOT_CHOSEN)
+    is_chosen = choice != NOT_CHOSEN
+    rows = indices(is_chosen)
     options = choice[rows]
-    return ready[rows], tiers[options, rows], int(num_units[options, rows].sum())
+    return is_chosen, tiers[options, rows], int(num_units[options, rows].sum())
 
 
 def _least_worthy(running: Candidates, rows: Ints, num_missing_units: int) -> Ints:

@@ -19,18 +19,18 @@ by step 2, the other by step 3. Going on in step 2 only adds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import Floats, Ints
+from aptserve_scheduler.policies.base import Bools, Floats, Ints
 
 NOT_CHOSEN = -1
 
-_CHUNK = 512
+_CHUNK = 256
 """Increments that are sorted at a time; most never have to be."""
 _ONE_BY_ONE = 64
 """Increments up to which a plain loop beats another round over arrays."""
-_NONE: Ints = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +80,7 @@ def _without_oversized(knapsack: Knapsack) -> Knapsack:
     return Knapsack(values, knapsack.needs, knapsack.capacity)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Increments:
+class _Increments(NamedTuple):
     """Steps along the hulls of requests; parallel arrays."""
 
     rows: Ints
@@ -99,21 +98,34 @@ class _Increments:
             self.rows[index], self.before[index], self.after[index], self.slopes[index]
         )
 
-    def split(self, threshold: float) -> tuple[_Increments, _Increments]:
-        """Those at least as steep as the threshold, and the others."""
-        steep = self.slopes >= threshold
-        return self.pick(steep.nonzero()[0]), self.pick((~steep).nonzero()[0])
+    def split(self, first: Bools) -> tuple[_Increments, _Increments]:
+        """Those where the mask holds, and the others."""
+        return self.pick(first.nonzero()[0]), self.pick((~first).nonzero()[0])
 
-    def needs(self, need: Ints) -> Ints:
-        """What each takes of one resource beyond the step before it; ``need`` is [k, n]."""
-        step = need[self.after, self.rows]
+    def steepest(self, num: int) -> Bools:
+        """Mask of so many of the steepest; of equally steep ones the earliest."""
+        # Sorting plain numbers is fast throughout; partitioning is slow when many are equal.
+        threshold = np.sort(self.slopes)[-num]
+        mask: Bools = self.slopes > threshold
+        ties = (self.slopes == threshold).nonzero()[0]
+        mask[ties[: num - int(np.count_nonzero(mask))]] = True
+        return mask
+
+    def needs(self, resources: tuple[Ints, ...]) -> list[Ints]:
+        """What each takes of each resource beyond the step before it; resources are [k, n]."""
+        rows, after = self.rows, self.after
+        steps = [need[after, rows] for need in resources]
         upgrades = (self.before != NOT_CHOSEN).nonzero()[0]
         if len(upgrades):
-            step[upgrades] -= need[self.before[upgrades], self.rows[upgrades]]
-        return step
+            rows, before = rows[upgrades], self.before[upgrades]
+            for need, step in zip(resources, steps, strict=True):
+                step[upgrades] -= need[before, rows]
+        return steps
 
 
 def _joined(parts: list[_Increments]) -> _Increments:
+    if len(parts) == 1:
+        return parts[0]
     return _Increments(
         np.concatenate([part.rows for part in parts]),
         np.concatenate([part.before for part in parts]),
@@ -185,7 +197,8 @@ class _Packing:
         self._left = list(knapsack.capacity)
         # Lowest option of each request to which a step did not fit: nothing from there on follows.
         self._barred: Ints = np.full(num_rows, len(knapsack.values))
-        self._first_unfit: tuple[int, int] | None = None
+        # Steepest increment that did not fit: its slope, request and option.
+        self._first_unfit: tuple[float, int, int] | None = None
 
     def take_all(self, bases: _Increments) -> None:
         """Take increments by falling slope while they fit, past those that do not.
@@ -195,28 +208,31 @@ class _Packing:
         base, so the upgrades of a chunk come from its own bases and those of chunks before.
         """
         carried: list[_Increments] = []
-        while len(bases.rows):
-            threshold = 0.0
-            if len(bases.rows) > _CHUNK:
-                threshold = float(np.partition(bases.slopes, -_CHUNK)[-_CHUNK])
-            steep, bases = bases.split(threshold)
-            upgrades = _joined(
-                [*carried, *_further_steps(self._knapsack, steep), steep.pick(_NONE)]
-            )
-            now, later = upgrades.split(threshold)
-            chunk = _joined([steep, now])
-            # Stable, and bases stand first: of equal slopes the base and the earlier go first.
-            self._take_sorted(chunk.pick(np.argsort(-chunk.slopes, kind="stable")))
-            carried = [later]
-            bases = self._those_that_fit(bases)
-        if carried:
-            rest = carried[0]
-            self._take_sorted(rest.pick(np.argsort(-rest.slopes, kind="stable")))
+        while len(bases.rows) > _CHUNK:
+            first = bases.steepest(_CHUNK)
+            steep = bases.pick(first.nonzero()[0])
+            upgrades = [*carried, *_further_steps(self._knapsack, steep)]
+            # Where bases of the last slope are left for later, upgrades of that slope wait too.
+            parts = [part.split(part.slopes > steep.slopes.min()) for part in upgrades]
+            self._take_unsorted([steep, *(now for now, _ in parts)])
+            carried = [later for _, later in parts if len(later.rows)]
+            bases = self._those_that_fit(bases, ~first)
+        self._take_unsorted([bases, *carried, *_further_steps(self._knapsack, bases)])
+
+    def _take_unsorted(self, parts: list[_Increments]) -> None:
+        """Take what fits of a chunk whose first steps stand first."""
+        chunk = _joined(parts)
+        if not len(chunk.rows):
+            return
+        # Stable: of equal slopes the base and the earlier go first.
+        order = np.argsort(-chunk.slopes, kind="stable")
+        allowed = chunk.after < self._barred[chunk.rows]
+        self._take_sorted(chunk.pick(order[allowed[order]]))
 
     def better_of_one(self) -> Ints:
         """The choice, or the one behind the first increment that did not fit if worth more."""
         if self._first_unfit is not None:
-            row, option = self._first_unfit
+            _, row, option = self._first_unfit
             if self._knapsack.values[option, row] > self._knapsack.worth(self._choice):
                 self._choice[:] = NOT_CHOSEN
                 self._choice[row] = option
@@ -224,51 +240,69 @@ class _Packing:
 
     def _take_sorted(self, rest: _Increments) -> None:
         """In rounds: the longest prefix that fits, then strike out what cannot fit any more."""
-        rest = rest.pick((~self._struck[rest.rows]).nonzero()[0])
-        rows, after = rest.rows, rest.after
-        steps = np.stack([rest.needs(need) for need in self._knapsack.needs])
-        while len(rows) > _ONE_BY_ONE:
-            left = np.array(self._left)[:, None]
-            totals = np.cumsum(steps, axis=1)
-            within = (totals <= left).all(axis=0)
-            num_taken = int(np.count_nonzero(within))  # totals never fall
-            if num_taken:
-                left = left - totals[:, num_taken - 1 : num_taken]
-                self._left = left[:, 0].tolist()
-                # Of several steps of a request the furthest counts; it has the highest option.
-                np.maximum.at(self._choice, rows[:num_taken], after[:num_taken])
-            if num_taken == len(rows):
+        steps = rest.needs(self._knapsack.needs)
+        while len(rest.rows) > _ONE_BY_ONE:
+            num_taken = self._take_prefix(rest, steps)
+            if num_taken == len(rest.rows):
                 return
-            self._note_unfit(int(rows[num_taken]), int(after[num_taken]))
-            rows, after, steps = rows[num_taken:], after[num_taken:], steps[:, num_taken:]
-            fits = (steps <= left).all(axis=0)
-            np.minimum.at(self._barred, rows[~fits], after[~fits])
-            keep = (after < self._barred[rows]).nonzero()[0]
-            rows, after, steps = rows[keep], after[keep], steps[:, keep]
-        self._take_one_by_one(rows.tolist(), after.tolist(), steps.T.tolist())
+            self._note_unfit(rest, num_taken)
+            fits = np.ones(len(rest.rows), np.bool_)
+            for step, left in zip(steps, self._left, strict=True):
+                fits &= step <= left
+            fits[:num_taken] = True
+            np.minimum.at(self._barred, rest.rows[~fits], rest.after[~fits])
+            allowed = rest.after[num_taken:] < self._barred[rest.rows[num_taken:]]
+            index = num_taken + allowed.nonzero()[0]
+            rest, steps = rest.pick(index), [step[index] for step in steps]
+        self._take_one_by_one(rest, [step.tolist() for step in steps])
 
-    def _take_one_by_one(self, rows: list[int], after: list[int], steps: list[list[int]]) -> None:
-        for row, option, need in zip(rows, after, steps, strict=True):
+    def _take_prefix(self, rest: _Increments, steps: list[Ints]) -> int:
+        """Take increments up to the first that does not fit; returns how many."""
+        totals = [step.cumsum() for step in steps]
+        num_taken = min(
+            int(total.searchsorted(left, side="right"))
+            for total, left in zip(totals, self._left, strict=True)
+        )
+        if num_taken:
+            last = num_taken - 1
+            self._left = [
+                left - int(total[last]) for total, left in zip(totals, self._left, strict=True)
+            ]
+            # Of several steps of a request the furthest counts; it has the highest option.
+            np.maximum.at(self._choice, rest.rows[:num_taken], rest.after[:num_taken])
+        return num_taken
+
+    def _take_one_by_one(self, rest: _Increments, steps: list[list[int]]) -> None:
+        entries = zip(rest.rows.tolist(), rest.after.tolist(), *steps, strict=True)
+        for place, (row, option, *need) in enumerate(entries):
             if option >= self._barred[row]:
                 continue
             left = [have - takes for have, takes in zip(self._left, need, strict=True)]
             if min(left) < 0:
                 self._barred[row] = option
-                self._note_unfit(row, option)
+                self._note_unfit(rest, place)
             else:
                 self._left = left
                 self._choice[row] = option
 
-    def _those_that_fit(self, bases: _Increments) -> _Increments:
-        """First steps that could still be taken."""
-        for need, left in zip(self._knapsack.needs, self._left, strict=True):
-            # Needs do not fall along the options, so these are the least there are.
-            if not len(bases.rows) or need[0].min() > left:
-                return bases.pick(_NONE)
-        for need, left in zip(self._knapsack.needs, self._left, strict=True):
-            bases = bases.pick((bases.needs(need) <= left).nonzero()[0])
-        return bases
+    def _those_that_fit(self, bases: _Increments, candidates: Bools) -> _Increments:
+        """Candidates among the first steps that could still be taken."""
+        limits = list(zip(self._knapsack.needs, self._left, strict=True))
+        # Needs do not fall along the options: the first one's are the least there are.
+        if any(need[0].min() > left for need, left in limits):
+            fits = np.zeros_like(candidates)
+        else:
+            fits = candidates.copy()
+            for need, left in limits:
+                fits &= need[bases.after, bases.rows] <= left
+        slopes_of_others = np.where(candidates & ~fits, bases.slopes, 0.0)
+        steepest = int(np.argmax(slopes_of_others))
+        if slopes_of_others[steepest] > 0:
+            self._note_unfit(bases, steepest)
+        return bases.pick(fits.nonzero()[0])
 
-    def _note_unfit(self, row: int, option: int) -> None:
-        if self._first_unfit is None:
-            self._first_unfit = (row, option)
+    def _note_unfit(self, increments: _Increments, place: int) -> None:
+        slope = float(increments.slopes[place])
+        if self._first_unfit is None or slope > self._first_unfit[0]:
+            row, option = int(increments.rows[place]), int(increments.after[place])
+            self._first_unfit = (slope, row, option)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from aptserve_scheduler.core import BatchPlan, Scheduler, Tier, TierSpec
 from support.scheduler import (
     WORKER,
@@ -255,9 +254,8 @@ def test_memory_forces_out_the_least_worthy_alone() -> None:
     assert set(chosen(plan)) == {"a", "c"}
 
 
-@pytest.mark.parametrize("tiers", [(TierSpec(Tier.KV, 2),), (TierSpec(Tier.KV, 2),) * 1])
-def test_without_a_hidden_tier(tiers: tuple[TierSpec, ...]) -> None:
-    pair = Pair(num_units=24, tiers=tiers)
+def test_without_a_hidden_tier() -> None:
+    pair = Pair(num_units=24, tiers=(TierSpec(Tier.KV, 2),))
     specs = [make_request(f"r{i}", prompt_len=5 + i) for i in range(6)]
     for spec in specs:
         pair.scheduler.add_request(spec, 0.0)

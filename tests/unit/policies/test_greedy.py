@@ -149,3 +149,13 @@ def test_chunks_change_nothing(seed: int) -> None:
         patch.setattr(module, "_CHUNK", 3)
         patch.setattr(module, "_ONE_BY_ONE", 2)
         assert solve(knapsack).tolist() == whole.tolist()
+
+
+def test_the_request_behind_a_full_chunk_is_compared_too() -> None:
+    """A chunk fills the pool exactly; the huge request that did not fit comes right after it."""
+    module = __import__("aptserve_scheduler.policies.greedy", fromlist=["solve"])
+    values = [[1.0]] * 3 + [[29.0]] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK", 3)
+        choice = solve(make_knapsack(values, [[1]] * 3 + [[30]] * 2, 30))
+    assert choice.tolist() == [NOT_CHOSEN] * 3 + [0, NOT_CHOSEN]

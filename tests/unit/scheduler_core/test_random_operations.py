@@ -23,6 +23,7 @@ from aptserve_scheduler.core import (
     RequestTooLarge,
     Scheduler,
     SchedulerConfig,
+    SchedulerError,
     Tier,
     TierSpec,
     WorkerId,
@@ -107,24 +108,22 @@ class Driver:
             spec = make_request(
                 spec.request_id, len(spec.prompt_token_ids), spec.max_tokens, resume=known
             )
-        try:
-            events = self.scheduler.add_request(spec, self.now)
-        except RequestTooLarge:
-            assert self.is_too_large(spec)
-        except QueueFull as error:
-            assert self.scheduler.snapshot(self.now).num_waiting >= self.max_waiting
-            assert 0.1 <= error.retry_after_seconds <= 10.0
+        is_complete = len(spec.resume_token_ids) == spec.max_tokens
+        num_waiting = self.scheduler.snapshot(self.now).num_waiting
+        if self.is_too_large(spec):
+            self.refuse(spec, RequestTooLarge)
+        elif num_waiting >= self.max_waiting and not is_complete:
+            self.refuse(spec, QueueFull)
         else:
-            assert not self.is_too_large(spec)
             self.accepted[spec.request_id] = spec
-            self.outcome.note(events)
-            self.refuse_again(spec)
+            self.outcome.note(self.scheduler.add_request(spec, self.now))
+            if not is_complete:
+                self.refuse(spec, DuplicateRequest)
 
-    def refuse_again(self, spec: RequestSpec) -> None:
-        """The id of a live request is taken."""
-        if spec.request_id not in self.outcome.finished:
-            with pytest.raises(DuplicateRequest):
-                self.scheduler.add_request(spec, self.now)
+    def refuse(self, spec: RequestSpec, kind: type[SchedulerError]) -> None:
+        """A request that must not be accepted."""
+        with pytest.raises(kind):
+            self.scheduler.add_request(spec, self.now)
 
     def is_too_large(self, spec: RequestSpec) -> bool:
         """Whether no attached worker could hold the request to its end."""
@@ -228,6 +227,8 @@ class Driver:
         """Run until no request is left, then see that nobody holds anything."""
         if not self.workers:
             self.attach()
+        # Nothing else may tell those who waited for a worker that was lost.
+        self.outcome.note(self.scheduler.fail_unservable(self.now))
         for _ in range(200 * (len(self.accepted) + 1)):
             if not self.scheduler.num_requests:
                 break

@@ -78,8 +78,7 @@ async def test_second_signal_leaves_at_once(gateway: FakeGateway) -> None:
 
 async def test_refusal_exits_3_with_one_line(gateway: FakeGateway) -> None:
     async with WorkerProcess(gateway.address, log_level="error") as worker:
-        stream = await gateway.accept(register=False)
-        stream.end(grpc.StatusCode.UNAUTHENTICATED)
+        await gateway.refuse(grpc.StatusCode.UNAUTHENTICATED)
         code, log = await worker.wait()
     assert code == EXIT_PERMANENT
     assert log.count("\n") == 1

@@ -120,10 +120,19 @@ async def test_permanent_refusal_ends_the_session(
     gateway: FakeGateway, status: grpc.StatusCode
 ) -> None:
     async with FakeWorker(gateway.address, wait=False) as worker:
-        stream = await gateway.accept(register=False)
-        stream.end(status)
+        await gateway.refuse(status)
         with pytest.raises(RefusedError, match=rf"^the scheduler refused .*{status.name}: as scr"):
             await worker.join()
+
+
+async def test_refusal_before_register_was_read_ends_the_session(gateway: FakeGateway) -> None:
+    async with FakeWorker(gateway.address, wait=False) as worker:
+        refusing = asyncio.create_task(
+            gateway.refuse_all_unread(grpc.StatusCode.FAILED_PRECONDITION)
+        )
+        with pytest.raises(RefusedError):
+            await worker.join()
+        refusing.cancel()
 
 
 async def test_silent_scheduler_is_dialled_again(
@@ -278,10 +287,7 @@ async def test_killed_worker_drops_the_stream(gateway: FakeGateway) -> None:
 
 
 async def test_entering_fails_when_the_scheduler_refuses(gateway: FakeGateway) -> None:
-    async def refuse() -> None:
-        (await gateway.accept(register=False)).end(grpc.StatusCode.UNAUTHENTICATED)
-
-    refusing = asyncio.create_task(refuse())
+    refusing = asyncio.create_task(gateway.refuse(grpc.StatusCode.UNAUTHENTICATED))
     with pytest.raises(RefusedError):
         async with FakeWorker(gateway.address):
             pass
@@ -303,3 +309,23 @@ def test_backoff_doubles_to_its_most_with_jitter() -> None:
     assert len(set(delays[6:])) > 1000
     backoff.reset()
     assert backoff.next_seconds() <= 0.1
+
+
+@pytest.mark.parametrize(("lasting_seconds", "is_reset"), [(60.0, False), (-1.0, True)])
+async def test_backoff_grows_while_attaching_brings_nothing(
+    gateway: FakeGateway,
+    monkeypatch: pytest.MonkeyPatch,
+    lasting_seconds: float,
+    is_reset: bool,
+) -> None:
+    backoff = Backoff(0.001, 0.01)
+    monkeypatch.setattr(session, "Backoff", lambda: backoff)
+    monkeypatch.setattr(session, "LASTING_SECONDS", lasting_seconds)
+    async with FakeWorker(gateway.address, wait=False) as worker:
+        for _ in range(8):
+            stream = await gateway.accept()
+            await worker.wait_attached()
+            stream.end(grpc.StatusCode.INTERNAL)
+            await stream.wait_ended()
+        await gateway.accept()
+    assert (backoff.next_seconds() < 0.005) == is_reset
