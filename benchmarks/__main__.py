@@ -28,7 +28,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measures on this machine's CPU; takes about ten minutes. Keep it idle.",
+        description="Measures on this machine's CPU; takes about fifteen minutes. Keep it idle.",
     )
     parser.add_argument(
         "--only", choices=sorted(BENCHMARKS), action="append", help="run this one (repeatable)"

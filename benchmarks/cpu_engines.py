@@ -106,7 +106,7 @@ def with_ctranslate2(model: Path, folder: Path) -> Generate:
     return generate
 
 
-def measure(folder: Path, rounds: int = 5) -> dict[str, Any]:
+def measure(folder: Path, rounds: int = 3) -> dict[str, Any]:
     """Run every engine ``rounds`` times; times in milliseconds, throughput in output tokens/s."""
     torch.set_num_threads(2)
     model = save_opt_125m(folder)
@@ -167,7 +167,7 @@ def _check(engines: dict[str, Generate]) -> dict[str, str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -111,7 +111,7 @@ def hidden_pair(**worker: object) -> Pair:
     return pair
 
 
-def test_hidden_requests_decode_and_stay() -> None:
+def test_a_running_hidden_request_keeps_decoding() -> None:
     """The released code preempts a running hidden request at every decode step."""
     pair = hidden_pair()
     for step in range(8):
@@ -170,7 +170,7 @@ def test_the_missed_run_when_there_is_room() -> None:
     assert set(chosen(pair.plan(5.0))) == {"late", "good"}
 
 
-def test_one_large_request_is_taken_alone_when_it_is_worth_more() -> None:
+def test_double_check_takes_the_one_large_request_that_is_worth_more() -> None:
     """The released code's double check stores no request id and schedules nothing."""
     pair = Pair(num_units=32, cost=DEAR_HIDDEN, max_num_batched_tokens=1000)
     pair.add("small", 9.0, prompt_len=3, ttft=100.0)  # 2 units, 0.7 s: 0.35 per unit
@@ -180,7 +180,7 @@ def test_one_large_request_is_taken_alone_when_it_is_worth_more() -> None:
     assert set(chosen(pair.plan(9.7))) & {"large", "large2"}
 
 
-def test_a_candidate_over_the_token_budget_does_not_stop_the_others() -> None:
+def test_first_candidate_over_the_token_budget_does_not_empty_the_queue() -> None:
     """In the released code the waiting queue then comes back empty."""
     pair = Pair(max_num_batched_tokens=16, num_units=200)
     pair.add("long", 0.0, prompt_len=40, ttft=0.1)
@@ -198,7 +198,7 @@ def test_a_prompt_longer_than_the_budget_goes_in_chunks() -> None:
     assert outcome.tokens["long"] == expected_tokens(spec)
 
 
-def test_nothing_worth_choosing_in_a_decode_is_no_error() -> None:
+def test_nothing_selected_in_a_decode_does_not_raise() -> None:
     """The released code raises when a decode selects nobody."""
     pair = Pair(num_units=8, block_size=4)
     pair.add("a", 0.0, prompt_len=8, max_tokens=8)
@@ -215,7 +215,7 @@ def test_a_request_that_only_hidden_can_hold_is_served() -> None:
     assert outcome.tokens["a"] == expected_tokens(spec)
 
 
-def test_odd_block_counts_never_promote_what_was_not_admitted() -> None:
+def test_odd_block_counts_give_no_upgrade_before_its_own_base() -> None:
     """In the released code an upgrade may be taken before its own admission."""
     pair = Pair(num_units=11, cost=CHEAP_HIDDEN)
     for name in "abc":

@@ -48,7 +48,7 @@ def test_random_instances_are_near_the_optimum() -> None:
 
 
 @pytest.mark.parametrize("capacity", [10, 100, 1000])
-def test_one_huge_request_beats_a_tiny_efficient_one(capacity: int) -> None:
+def test_double_check_keeps_the_factor_2_with_one_huge_request(capacity: int) -> None:
     """The classic trap: greedy takes value 2 in 1 unit and has no room for value ``capacity``."""
     knapsack = make_knapsack([[2.0], [float(capacity)]], [[1], [capacity]], capacity)
     assert solve(knapsack).tolist() == [NOT_CHOSEN, 0]
@@ -72,7 +72,7 @@ def test_goes_on_past_a_request_that_does_not_fit() -> None:
     assert solve(knapsack).tolist() == [0, NOT_CHOSEN, 0]
 
 
-def test_upgrade_never_before_its_own_base() -> None:
+def test_no_upgrade_before_its_own_base() -> None:
     """The base of request 1 does not fit, its smaller upgrade step alone would."""
     knapsack = make_knapsack([[50.0, -np.inf], [40.0, 44.0]], [[6, 7], [5, 6]], 10)
     assert solve(knapsack).tolist() == [0, NOT_CHOSEN]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from aptserve_scheduler.core import (
@@ -158,7 +157,10 @@ def output(sequence_id: int, *token_ids: int, reason: FinishReason | None = None
     return SequenceOutput(SequenceId(sequence_id), token_ids, reason)
 
 
-FAILURE = SequenceFailure(SequenceId(1), "broken")
+def failure(sequence_id: int) -> SequenceFailure:
+    return SequenceFailure(SequenceId(sequence_id), "broken")
+
+
 WRONG_ANSWERS: dict[str, tuple[dict[str, object], str]] = {
     "another plan": ({"plan_id": PlanId(2)}, "result for plan 2, due is plan 1"),
     "negative time": ({"step_seconds": -1.0}, "step_seconds is -1"),
@@ -166,12 +168,12 @@ WRONG_ANSWERS: dict[str, tuple[dict[str, object], str]] = {
     "endless gap": ({"gap_seconds": math.inf}, "gap_seconds is inf"),
     "stranger": ({"outputs": (output(1, 5), output(2, 5), output(9, 5))}, "no sequence 9"),
     "strange failure": (
-        {"failures": (replace(FAILURE, sequence_id=SequenceId(9)),)},
+        {"failures": (failure(9),)},
         "no sequence 9",
     ),
     "strange skip": ({"skipped": (SequenceId(9),)}, "no sequence 9"),
     "twice": ({"outputs": (output(1, 5), output(1, 5))}, "answered twice"),
-    "token and failure": ({"failures": (FAILURE,)}, "answered twice"),
+    "token and failure": ({"failures": (failure(1),)}, "answered twice"),
     "skips a live one": (
         {"outputs": (output(1, 5),), "skipped": (SequenceId(2),)},
         "has not ended was skipped",
