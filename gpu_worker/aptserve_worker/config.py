@@ -110,8 +110,6 @@ class WorkerSettings(BaseSettings):
     """CPU threads of the engine; None: what the machine has."""
     calibrate: bool = True
     """Measure the iteration time before attaching; else advertise a rough guess."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of whatever the engine itself draws at random."""
     leave_timeout_seconds: float = Field(30.0, ge=0, le=3600)
     """Longest wait for Detached after SIGTERM."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -123,7 +123,6 @@ class FakeModel:
             num_units = max(2, settings.pool_memory // cls.unit_bytes)
         return cls(
             name=settings.model_name or cls.name,
-            salt=settings.seed,
             num_units=num_units,
             block_size=settings.block_size,
             tiers=tiers,
