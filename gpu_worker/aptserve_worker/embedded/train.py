@@ -198,8 +198,9 @@ def new_run(recipe: Recipe, vocab_size: int) -> Run:
 def new_optimizers(model: OPTForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, biases and norms.
 
-    With AdamW alone the loss took about three times as many steps to fall below 5.5 nats; the
-    shared learning rate is possible because Muon's updates are scaled to the size of AdamW's.
+    In one trial of 150 steps each the last 50 averaged 5.33 nats this way at a rate of 4e-3, and
+    6.05 with AdamW alone at 2e-3; AdamW's rate was hardly tuned, so this is no fair comparison of
+    the two. One rate serves both because Muon's updates are scaled to the size of AdamW's.
     """
     matrices = [weight for weight in model.model.decoder.layers.parameters() if weight.dim() == 2]
     chosen = set(matrices)
@@ -233,7 +234,7 @@ def train_step(run: Run, ids: IdArray, recipe: Recipe) -> None:
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.step, recipe)
-    # bfloat16 matrix products are about half faster than float32 on processors that have them.
+    # With bfloat16 instructions a step took 0.7 of the time that float32 takes.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = token_losses(run.model, *training_batch(ids, run.step, recipe)).mean()
     torch.autograd.backward(loss)
@@ -313,7 +314,9 @@ def export(out: Path, model: OPTForCausalLM, tokenizer: Tokenizer, record: dict[
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
-    for name, value in (("tokenizer_config", settings), ("TRAINING", record)):
+    ids = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    contents = {"tokenizer_config": settings, "generation_config": ids, "TRAINING": record}
+    for name, value in contents.items():
         (staging / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
     for path in staging.iterdir():
         path.chmod(0o644)
