@@ -242,7 +242,7 @@ def _earlier_end(
     model: ServedModel, spec: RequestSpec, params: SamplingParams, replayed: TextDelta
 ) -> StreamEnd | None:
     """How the resumed output ended, if only the end of its stream was lost."""
-    timing = RequestTiming(0.0, None, None, 0.0, 0, objectives_met=True)
+    timing = RequestTiming(0.0, None, None, 0.0, 0.0, 0, objectives_met=True)
     if replayed.matched_stop_string is not None:
         return StreamEnd(FinishReason.STOP, timing, replayed.matched_stop_string)
     resumed = spec.resume_token_ids

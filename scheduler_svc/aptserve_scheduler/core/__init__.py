@@ -1,5 +1,6 @@
 """The scheduler core: plain, deterministic, no I/O, no clock of its own."""
 
+from aptserve_scheduler.core.decode_run import DecodeRun
 from aptserve_scheduler.core.errors import (
     DuplicateRequest,
     IntegrityError,
@@ -40,6 +41,7 @@ from aptserve_scheduler.core.types import (
 __all__ = [
     "BatchPlan",
     "CostCoefficients",
+    "DecodeRun",
     "DuplicateRequest",
     "Event",
     "FinishReason",

@@ -25,6 +25,7 @@ def timing_of(request: Request, arrival: float, now: float, *, succeeded: bool) 
     """
     taken = request.first_taken_at
     ttft = None if request.first_token_at is None else request.first_token_at - arrival
+    longest_gap = max(request.gap_seconds, default=0.0)
     p99 = nearest_rank_p99(request.gap_seconds)
     objectives = request.spec.objectives
     in_time = ttft is None or ttft <= objectives.ttft_seconds
@@ -35,6 +36,7 @@ def timing_of(request: Request, arrival: float, now: float, *, succeeded: bool) 
         ttft_seconds=ttft,
         tbt_p99_seconds=p99,
         total_seconds=now - arrival,
+        longest_wait_seconds=max(now - arrival if ttft is None else ttft, longest_gap),
         num_preemptions=request.num_preemptions,
         objectives_met=succeeded and has_output and in_time and steady,
     )

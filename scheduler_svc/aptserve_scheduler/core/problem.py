@@ -25,6 +25,7 @@ def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem
     spec = worker.spec
     return BatchProblem(
         now=now,
+        worker=worker.index,
         num_units=spec.num_units,
         num_free_units=worker.ledger.num_free,
         block_size=spec.block_size,
@@ -41,6 +42,8 @@ def _candidates(table: RequestTable, slots: Ints, now: float) -> Candidates:
     pending = np.maximum(now - table.pending_since[slots], 0.0)
     num_tokens = table.num_tokens(slots)
     max_total = table.max_total[slots]
+    miss_after = table.miss_after[slots]
+    num_prompt = table.num_prompt[slots]
     return Candidates(
         slots=slots,
         pending_seconds=pending,
@@ -50,7 +53,13 @@ def _candidates(table: RequestTable, slots: Ints, now: float) -> Candidates:
         num_units=table.units[slots],
         tiers=table.tier[slots],
         schedulable=num_tokens < max_total,
-        missed=pending > table.miss_after[slots],
+        miss_after_seconds=miss_after,
+        missed=pending > miss_after,
         ttft_seconds=table.ttft_objective[slots],
         tbt_seconds=table.tbt_objective[slots],
+        age_seconds=now - table.arrival[slots],
+        num_prompt_tokens=num_prompt,
+        num_output_tokens=table.num_known[slots] - num_prompt,
+        priorities=table.priority[slots],
+        expected_output_tokens=table.expected_output[slots],
     )

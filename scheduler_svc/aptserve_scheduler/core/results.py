@@ -20,6 +20,7 @@ from aptserve_scheduler.core.types import (
     TokensAppended,
 )
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
+from aptserve_scheduler.policies.base import Policy, Service
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,10 +147,17 @@ def check_unit_count(worker: WorkerState, result: StepResult, match: Match) -> N
 
 
 def enter_result(
-    state: State, worker: WorkerState, result: StepResult, match: Match, now: float
+    state: State,
+    worker: WorkerState,
+    result: StepResult,
+    match: Match,
+    now: float,
+    policy: Policy,
 ) -> list[Event]:
     """Enter a checked answer in the books; returns what happened to the requests, in plan order."""
     plan = worker.in_flight.popleft()
+    if policy.needs_history:
+        policy.served(_service(state, plan, result, match, now))
     _note_speed(worker, plan, result, match)
     _note_tokens(state, plan, match, now)
     table = state.table
@@ -171,13 +179,29 @@ def enter_result(
     return events
 
 
+def _service(
+    state: State, plan: PlanInFlight, result: StepResult, match: Match, now: float
+) -> Service:
+    num_output = np.zeros(len(plan.slots), np.int64)
+    for entry, output in match.outputs:
+        num_output[entry] = len(output.token_ids)
+    got = match.ran() & (state.table.status[plan.slots] != Status.ENDED)
+    return Service(
+        slots=plan.slots[got],
+        num_new_tokens=plan.num_tokens[got],
+        num_output_tokens=num_output[got],
+        seconds=result.step_seconds,
+        now=now,
+    )
+
+
 def _note_speed(worker: WorkerState, plan: PlanInFlight, result: StepResult, match: Match) -> None:
     worker.num_steps += 1
     worker.step_seconds += result.step_seconds
     # The first step has no step before it.
     worker.gap_seconds += result.gap_seconds if worker.num_steps > 1 else 0.0
     ran = match.ran()
-    if ran.any():
+    if worker.learns_costs and ran.any():
         worker.cost.observe(plan.cost_features(ran, worker.cost.tiers), result.step_seconds)
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from aptserve_scheduler.core.compose import compose
+from aptserve_scheduler.core.decode_run import DecodeRun, enter_run, find_run
 from aptserve_scheduler.core.errors import DuplicateRequest, QueueFull, RequestTooLarge
 from aptserve_scheduler.core.integrity import check_state
 from aptserve_scheduler.core.problem import build_problem
 from aptserve_scheduler.core.results import check_unit_count, enter_result, match_result
 from aptserve_scheduler.core.snapshot import SchedulerSnapshot, take_snapshot
 from aptserve_scheduler.core.state import State
+from aptserve_scheduler.core.table import Floats
 from aptserve_scheduler.core.types import (
     BatchPlan,
     Event,
@@ -30,7 +32,7 @@ from aptserve_scheduler.core.types import (
     WorkerSpec,
 )
 from aptserve_scheduler.core.worker_state import WorkerState
-from aptserve_scheduler.policies.base import Policy
+from aptserve_scheduler.policies.base import Arrival, BatchProblem, Decision, Policy
 
 _RETRY_BOUNDS_SECONDS = (0.1, 10.0)
 
@@ -43,6 +45,8 @@ class SchedulerConfig:
     """Plans sent to a worker ahead of results. 1 is the plain loop, the oracle for the others."""
     max_waiting: int = 4096
     """New requests are refused while this many wait. Preempted ones come back regardless."""
+    learns_costs: bool = True
+    """Whether measured iterations refine the worker's own estimate of its speed."""
 
     def __post_init__(self) -> None:
         for name in ("pipeline_depth", "max_waiting"):
@@ -57,7 +61,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
         self.config = config
         self.policy = policy
-        self._state = State()
+        self._state = State(policy)
         self._next_worker_index = 0
         self._recheck_sizes = False
 
@@ -75,7 +79,9 @@ class Scheduler:
         if spec.worker_id in state.workers:
             raise ValueError(f"worker {spec.worker_id!r} is attached already")
         usable = self.policy.usable_tiers(spec.tiers)
-        worker = WorkerState(spec, self._next_worker_index, usable)
+        worker = WorkerState(
+            spec, self._next_worker_index, usable, learns_costs=self.config.learns_costs
+        )
         self._next_worker_index += 1
         state.workers[spec.worker_id] = worker
         state.worker_at[worker.index] = worker
@@ -116,6 +122,8 @@ class Scheduler:
         state.waiting.add(slot, int(state.table.order[slot]))
         state.totals.num_accepted += 1
         state.totals.num_prompt_tokens += len(spec.prompt_token_ids)
+        if self.policy.needs_history:
+            self.policy.arrived(_arrival(spec, slot, now))
         return [state.end(slot, now, FinishReason.LENGTH)] if is_complete else []
 
     def finish(self, request_id: RequestId, reason: FinishReason, now: float) -> list[Event]:
@@ -136,14 +144,28 @@ class Scheduler:
 
         Raises :class:`PolicyError` for an unsound decision, which changes nothing.
         """
-        state = self._state
-        worker = state.worker(worker_id)
-        if len(worker.in_flight) >= self.config.pipeline_depth:
+        made = self._decide(worker_id, now)
+        if made is None:
             return None
-        if not len(state.waiting) and not len(worker.running):
+        return compose(self._state, self._state.worker(worker_id), made[1], now)
+
+    def plan_or_run(self, worker_id: WorkerId, now: float) -> BatchPlan | DecodeRun | None:
+        """Like :meth:`plan`, or several iterations at once where the policy would repeat itself.
+
+        Of a run some iterations, at least one, are to be entered with :meth:`enter_run` before any
+        other event. For simulators: it takes a worker whose every iteration is known beforehand.
+        """
+        made = self._decide(worker_id, now)
+        if made is None:
             return None
-        decision = self.policy.decide(build_problem(state, worker, now))
-        return None if decision is None else compose(state, worker, decision, now)
+        problem, decision = made
+        state, worker = self._state, self._state.worker(worker_id)
+        run = find_run(state, worker, problem, decision, self.policy)
+        return compose(state, worker, decision, now) if run is None else run
+
+    def enter_run(self, worker_id: WorkerId, run: DecodeRun, ends: Floats, now: float) -> None:
+        """Enter the first iterations of a run that starts now; ``ends`` [steps] are their times."""
+        enter_run(self._state, self._state.worker(worker_id), run, ends, now, self.policy)
 
     def apply(self, worker_id: WorkerId, result: StepResult, now: float) -> list[Event]:
         """Take in the answer to the oldest plan in flight.
@@ -154,7 +176,7 @@ class Scheduler:
         worker = self._state.worker(worker_id)
         match = match_result(self._state, worker, result)
         check_unit_count(worker, result, match)
-        events = enter_result(self._state, worker, result, match, now)
+        events = enter_result(self._state, worker, result, match, now, self.policy)
         if self._recheck_sizes:
             events += self.fail_unservable(now)
         return events
@@ -208,6 +230,17 @@ class Scheduler:
         """Recount everything; raises :class:`IntegrityError` naming the numbers."""
         check_state(self._state)
 
+    def _decide(self, worker_id: WorkerId, now: float) -> tuple[BatchProblem, Decision] | None:
+        state = self._state
+        worker = state.worker(worker_id)
+        if len(worker.in_flight) >= self.config.pipeline_depth:
+            return None
+        if not len(state.waiting) and not len(worker.running):
+            return None
+        problem = build_problem(state, worker, now)
+        decision = self.policy.decide(problem)
+        return None if decision is None else (problem, decision)
+
     def _check_size(self, spec: RequestSpec) -> None:
         workers: list[WorkerState] = list(self._state.workers.values())
         longest = len(spec.prompt_token_ids) + spec.max_tokens
@@ -223,6 +256,19 @@ class Scheduler:
         # The oldest arrival shows how long passing the whole queue takes at the present pace.
         oldest = now - float(state.table.arrival[waiting].min())
         return min(max(oldest / 16, low), high)
+
+
+def _arrival(spec: RequestSpec, slot: int, now: float) -> Arrival:
+    return Arrival(
+        slot=slot,
+        now=now,
+        tenant=spec.tenant,
+        priority=spec.priority,
+        num_prompt_tokens=len(spec.prompt_token_ids),
+        num_resumed_tokens=len(spec.resume_token_ids),
+        max_tokens=spec.max_tokens,
+        expected_output_tokens=spec.expected_output_tokens,
+    )
 
 
 def _check_request(spec: RequestSpec) -> None:

@@ -10,6 +10,7 @@ from aptserve_scheduler.core.slot_queue import SlotQueue
 from aptserve_scheduler.core.table import NO_SEQUENCE, NO_WORKER, RequestTable, Status
 from aptserve_scheduler.core.types import FinishReason, RequestFinished, SequenceId, WorkerId
 from aptserve_scheduler.core.worker_state import WorkerState
+from aptserve_scheduler.policies.base import Policy
 
 
 @dataclass(slots=True)
@@ -31,7 +32,8 @@ class Totals:
 class State:
     """Requests, the waiting queue and the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
         self.table = RequestTable()
         self.waiting = SlotQueue()
         self.workers: dict[WorkerId, WorkerState] = {}
@@ -70,6 +72,8 @@ class State:
         totals.num_aborted += reason is FinishReason.ABORT
         totals.num_failed += reason is None
         totals.num_objectives_met += timing.objectives_met
+        if self._policy.needs_history:
+            self._policy.ended(slot, len(request.output_token_ids), completed=succeeded)
         table.end(slot)
         return RequestFinished(
             request_id=request.spec.request_id,

@@ -78,6 +78,8 @@ class RequestTable:
         ("pending_since", np.float64),
         ("ttft_objective", np.float64),
         ("tbt_objective", np.float64),
+        ("priority", np.int64),
+        ("expected_output", np.int64),
         ("num_prompt", np.int64),
         ("num_known", np.int64),
         ("num_computed", np.int64),
@@ -102,6 +104,9 @@ class RequestTable:
     """Time of the last token, of the arrival before the first."""
     ttft_objective: Floats
     tbt_objective: Floats
+    priority: Ints
+    expected_output: Ints
+    """The caller's guess of the output length, 0 where there is none."""
     num_prompt: Ints
     num_known: Ints
     num_computed: Ints
@@ -159,6 +164,8 @@ class RequestTable:
         self.ttft_objective[slot] = spec.objectives.ttft_seconds
         self.tbt_objective[slot] = spec.objectives.tbt_seconds
         self.miss_after[slot] = spec.objectives.ttft_seconds
+        self.priority[slot] = spec.priority
+        self.expected_output[slot] = spec.expected_output_tokens or 0
         num_prompt = len(spec.prompt_token_ids)
         self.num_prompt[slot] = num_prompt
         self.num_known[slot] = num_prompt + len(spec.resume_token_ids)

@@ -79,7 +79,9 @@ class RequestSpec:
     """An accepted request.
 
     ``sampling`` is opaque to the core and handed back in :class:`NewSequence`. ``max_tokens``
-    counts all output tokens, those of ``resume_token_ids`` included.
+    counts all output tokens, those of ``resume_token_ids`` included. ``tenant``, ``priority``
+    (0 is normal, higher is more urgent) and ``expected_output_tokens`` (the caller's guess) are for
+    policies, each of which says what it does with them.
     """
 
     request_id: RequestId
@@ -88,6 +90,9 @@ class RequestSpec:
     objectives: Objectives
     sampling: object = None
     resume_token_ids: Sequence[int] = ()
+    tenant: str = ""
+    priority: int = 0
+    expected_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +185,8 @@ class RequestTiming:
     ttft_seconds: float | None
     tbt_p99_seconds: float | None
     total_seconds: float
+    longest_wait_seconds: float
+    """Longest time without a token, from arrival to the first one or between two."""
     num_preemptions: int
     objectives_met: bool
 

@@ -44,7 +44,14 @@ class PlanInFlight:
 class WorkerState:
     """Pool, running requests, plans in flight and speed of one worker."""
 
-    def __init__(self, spec: WorkerSpec, index: int, usable_tiers: tuple[TierSpec, ...]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        index: int,
+        usable_tiers: tuple[TierSpec, ...],
+        *,
+        learns_costs: bool = True,
+    ) -> None:
         validate_worker(spec)
         self.spec = spec
         self.index = index
@@ -55,6 +62,7 @@ class WorkerState:
         self.is_usable_tier[[tier.tier for tier in usable_tiers]] = True
         self.ledger = UnitLedger(spec)
         self.count = WorkerCount()
+        self.learns_costs = learns_costs
         self.cost = CostModel(spec.cost, tuple(tier.tier for tier in spec.tiers))
         self.running = SlotQueue()
         self.in_flight: deque[PlanInFlight] = deque()

@@ -36,7 +36,9 @@ from aptserve_scheduler.policies.base import (
     Decision,
     Floats,
     Ints,
+    Policy,
     Tiers,
+    decodes_everyone,
 )
 from aptserve_scheduler.policies.common import (
     Continuation,
@@ -53,7 +55,7 @@ HEADROOM = 0.01
 """Share of the pool that admissions and promotions leave free while requests run."""
 
 
-class AptPolicy:
+class AptPolicy(Policy):
     """Prefill or decode, by pending time; requests and tiers by value per unit of memory."""
 
     name = "apt"
@@ -71,6 +73,11 @@ class AptPolicy:
             if decision is not None:
                 return decision
         return make_room_for_oldest(problem)
+
+    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
+        """When everyone decodes in KV: a hidden cache may become worth promoting at any time."""
+        in_kv = bool((problem.running.tiers == Tier.KV).all())
+        return in_kv and decodes_everyone(problem, decision)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,14 +1,16 @@
 """What a policy sees and what it answers.
 
-A policy is a pure function of a :class:`BatchProblem`: no clock, no memory of its own, no I/O, so
-that equal problems give equal plans, live and simulated. Imports of the core are for types only:
-the core imports this module.
+A policy has no clock and does no I/O, so that equal events give equal plans, live and simulated.
+Most are pure functions of a :class:`BatchProblem`. One that must remember (service received, what
+tenants used, how long answers turned out) learns it from the core through the methods ``arrived``,
+``served`` and ``ended``. Imports of the core are for types only: the core imports this module.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +44,24 @@ class Candidates:
     """Tier of the cache held; 0 for waiting requests."""
     schedulable: Bools
     """False while only a result in flight can say whether the request goes on."""
+    miss_after_seconds: Floats
+    """Pending time beyond which the request would not meet its objectives if its wait ended then;
+    infinite while one slow token is forgiven, negative once the objectives are lost in any case."""
     missed: Bools
     """The request would not meet its objectives if its wait ended now."""
     ttft_seconds: Floats
     """Objective for the time to first token."""
     tbt_seconds: Floats
     """Objective for the P99 of the times between tokens."""
+    age_seconds: Floats
+    """Time since arrival."""
+    num_prompt_tokens: Ints
+    num_output_tokens: Ints
+    """Output tokens received so far; those in flight are not among them."""
+    priorities: Ints
+    """As the caller gave it; 0 is normal, higher is more urgent."""
+    expected_output_tokens: Ints
+    """The caller's guess of the output length; 0 for none."""
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -63,6 +77,8 @@ class BatchProblem:
     """One worker's next iteration: who could run, and within which limits."""
 
     now: float
+    worker: int
+    """Number of the worker, its own as long as the worker is attached."""
     num_units: int
     """Units in the worker's pool."""
     num_free_units: int
@@ -123,18 +139,86 @@ class Decision:
     """Running requests that lose their memory, for the chosen ones to have it."""
 
 
-class Policy(Protocol):
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request that was accepted. ``slot`` is its handle until it ends."""
+
+    slot: int
+    now: float
+    tenant: str
+    priority: int
+    num_prompt_tokens: int
+    num_resumed_tokens: int
+    """Output tokens that the caller brought along."""
+    max_tokens: int
+    expected_output_tokens: int | None
+    """The caller's guess; ``None`` without one."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Service:
+    """What live requests got from an iteration, or from a run of equal ones; parallel arrays."""
+
+    slots: Ints
+    num_new_tokens: Ints
+    """Tokens computed for each."""
+    num_output_tokens: Ints
+    """Of those, the output tokens that came back."""
+    seconds: float
+    """Time that the worker took."""
+    now: float
+
+
+class Policy(ABC):
     """A rule that composes batches."""
 
-    @property
-    def name(self) -> str:
-        """Name in the registry."""
-        ...
+    name: str
+    """Name in the registry."""
+    needs_history: bool = False
+    """Whether ``arrived``, ``served`` and ``ended`` are to be called."""
+    is_oracle: bool = False
+    """Whether the policy takes ``expected_output_tokens`` for the truth; a simulator, which knows
+    it, then fills it in."""
 
+    @abstractmethod
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
         """Those of a worker's tiers that the policy chooses from, at least KV."""
-        ...
 
+    @abstractmethod
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Compose a batch; ``None`` when nothing can run before a result comes back."""
-        ...
+
+    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
+        """Whether the policy would go on deciding so if nothing happened but time passing.
+
+        Asked about a decision that computes one token for each chosen request. True promises the
+        same choice for the problems that follow while nobody arrives or ends, no guess of the
+        cost changes, and the growing caches fit what is free now. A simulator skips ahead by it.
+        """
+        return False
+
+    def arrived(self, arrival: Arrival) -> None:  # noqa: B027 - most policies need no history
+        """A request was accepted."""
+
+    def served(self, service: Service) -> None:  # noqa: B027
+        """A worker computed tokens; requests that end by it are still named."""
+
+    def ended(self, slot: int, num_output_tokens: int, *, completed: bool) -> None:  # noqa: B027
+        """A request is over, and its slot free for another. ``completed``: not aborted or failed.
+
+        It may have been waiting or running; ``num_output_tokens`` counts resumed tokens too.
+        """
+
+
+def decodes_everyone(problem: BatchProblem, decision: Decision) -> bool:
+    """Whether nobody waits and each running request is chosen for one token, as it is.
+
+    What :meth:`Policy.repeats` comes down to for most policies.
+    """
+    running = problem.running
+    return (
+        not len(problem.waiting)
+        and len(decision.slots) == len(running)
+        and bool((running.num_remaining_tokens == 1).all())
+        and bool((decision.tiers == running.tiers).all())
+    )

@@ -15,14 +15,14 @@ from __future__ import annotations
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
-from aptserve_scheduler.policies.base import BatchProblem, Decision
+from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, decodes_everyone
 from aptserve_scheduler.policies.common import continue_prefills, indices, make_room_for_oldest
 
 WATERMARK = 0.01
 """Share of the pool that admissions leave free while requests run."""
 
 
-class FcfsPolicy:
+class FcfsPolicy(Policy):
     """Prefill-first in arrival order, KV tier only."""
 
     name = "fcfs"
@@ -34,6 +34,10 @@ class FcfsPolicy:
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Prefill if anything can be, else decode, else make room."""
         return _prefill(problem) or _decode(problem) or make_room_for_oldest(problem)
+
+    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
+        """When everyone decodes."""
+        return decodes_everyone(problem, decision)
 
 
 def _prefill(problem: BatchProblem) -> Decision | None:

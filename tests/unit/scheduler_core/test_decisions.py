@@ -17,7 +17,7 @@ from aptserve_scheduler.core import (
     Tier,
     TierSpec,
 )
-from aptserve_scheduler.policies import BatchProblem, Decision
+from aptserve_scheduler.policies import BatchProblem, Decision, Policy
 from support.scheduler import (
     KV,
     WORKER,
@@ -30,7 +30,7 @@ from support.scheduler import (
 
 
 @dataclass
-class ScriptedPolicy:
+class ScriptedPolicy(Policy):
     """Runs all it is shown to the end of what is known, in one tier, with a last change."""
 
     tier: Tier = Tier.KV

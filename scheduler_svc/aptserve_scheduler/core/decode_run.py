@@ -1,0 +1,128 @@
+"""Several equal iterations entered at once, for a simulator that knows how long each takes.
+
+Between two events a worker often decodes the same batch over and over. A policy that promises so
+(:meth:`~aptserve_scheduler.policies.base.Policy.repeats`) lets the books skip to the end of such a
+run: they are then as if each iteration had been planned and answered by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aptserve_scheduler.core.state import State
+from aptserve_scheduler.core.table import Floats, Ints, Tiers
+from aptserve_scheduler.core.types import RequestId
+from aptserve_scheduler.core.worker_state import WorkerState
+from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, Service
+
+_MAX_STEPS = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodeRun:
+    """Up to ``max_steps`` iterations that each compute one token for each of these requests."""
+
+    slots: Ints
+    request_ids: tuple[RequestId, ...]
+    tiers: Tiers
+    num_cached: Ints
+    """Cached tokens of each before the first iteration."""
+    max_steps: int
+    """Iterations for which memory and ``max_tokens`` last without any request ending."""
+
+
+def find_run(
+    state: State, worker: WorkerState, problem: BatchProblem, decision: Decision, policy: Policy
+) -> DecodeRun | None:
+    """The run that a decision starts; ``None`` when it stands for less than two iterations."""
+    table, slots = state.table, decision.slots
+    is_plain = (
+        not worker.in_flight
+        and not worker.releases
+        and not len(decision.preempted)
+        and bool((decision.num_tokens == 1).all())
+    )
+    if not is_plain or worker.learns_costs or not policy.repeats(problem, decision):
+        return None
+    num_cached = table.num_computed[slots]
+    tiers = table.tier[slots]
+    left = int((table.max_total[slots] - num_cached).min()) - 2
+    max_steps = _steps_in_memory(worker, num_cached, tiers, min(left, _MAX_STEPS))
+    if max_steps < 2:
+        return None
+    return DecodeRun(
+        slots=slots,
+        request_ids=tuple(table.request_ids[slot] for slot in slots.tolist()),
+        tiers=tiers,
+        num_cached=num_cached,
+        max_steps=max_steps,
+    )
+
+
+def _steps_in_memory(worker: WorkerState, num_cached: Ints, tiers: Tiers, most: int) -> int:
+    """Largest number of steps, at most ``most``, after which all caches fit the pool."""
+    ledger = worker.ledger
+    held = int(ledger.units_for(num_cached, tiers).sum())
+
+    def fits(steps: int) -> bool:
+        after = int(ledger.units_for(num_cached + steps, tiers).sum())
+        return after - held <= ledger.num_free
+
+    if most < 1 or fits(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def enter_run(
+    state: State, worker: WorkerState, run: DecodeRun, ends: Floats, now: float, policy: Policy
+) -> None:
+    """Enter the first ``len(ends)`` iterations of a run that starts now, by the times they end.
+
+    The new tokens have the value 0.
+    """
+    table, slots = state.table, run.slots
+    num_steps = len(ends)
+    if not 1 <= num_steps <= run.max_steps:
+        raise ValueError(f"{num_steps} steps of a run of at most {run.max_steps}")
+    _note_gaps(state, slots, ends)
+    table.num_computed[slots] += num_steps
+    table.num_known[slots] += num_steps
+    after = worker.ledger.units_for(table.num_computed[slots], run.tiers)
+    worker.ledger.take(int(after.sum() - table.units[slots].sum()))
+    table.units[slots] = after
+    for sequence, units in zip(table.sequence[slots].tolist(), after.tolist(), strict=True):
+        worker.count.record(sequence, units, units)
+    worker.next_plan_id += num_steps
+    worker.num_steps += num_steps
+    total = float(ends[-1]) - now
+    worker.step_seconds += total
+    state.totals.num_output_tokens += num_steps * len(slots)
+    if policy.needs_history:
+        tokens = np.full(len(slots), num_steps)
+        policy.served(Service(slots, tokens, tokens, total, float(ends[-1])))
+
+
+def _note_gaps(state: State, slots: Ints, ends: Floats) -> None:
+    table = state.table
+    num_steps = len(ends)
+    first_gaps = ends[0] - table.pending_since[slots]
+    later_gaps = np.diff(ends)
+    objective = table.tbt_objective[slots]
+    num_slow = (first_gaps > objective) + (later_gaps[None] > objective[:, None]).sum(axis=1)
+    table.num_gaps[slots] += num_steps
+    table.num_slow_gaps[slots] += num_slow
+    table.judge(slots)
+    table.pending_since[slots] = ends[-1]
+    later = later_gaps.tolist()
+    new_tokens = [0] * num_steps
+    for slot, first in zip(slots.tolist(), first_gaps.tolist(), strict=True):
+        request = table.request(slot)
+        request.gap_seconds.append(first)
+        request.gap_seconds.extend(later)
+        request.output_token_ids.extend(new_tokens)
