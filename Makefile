@@ -20,7 +20,7 @@ PACKAGES := aptserve aptserve_scheduler aptserve_worker aptserve_kernels
 
 # Passed on to `aptserve up`, pytest and the benchmark.
 ARGS ?=
-PROMPT ?= def fibonacci(n):
+PROMPT ?= def read_config(path):
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

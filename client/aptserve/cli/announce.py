@@ -14,7 +14,7 @@ from aptserve.cli.supervisor.probe import Snapshot
 from aptserve.cli.values import format_bytes
 
 EXAMPLE_PROMPT = "def fibonacci(n):"
-_FIRST_ANSWER_TOKENS = 96
+_FIRST_ANSWER_TOKENS = 64
 
 
 def announce(console: Console, address: str, log_dir: object, snapshot: Snapshot) -> None:
