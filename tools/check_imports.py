@@ -64,11 +64,17 @@ class Rule:
 RULES = (
     Rule(
         folder="client/aptserve/",
-        excluding=("client/aptserve/cli/",),
+        excluding=("client/aptserve/cli/", "client/aptserve/workload/"),
         allowed=frozenset({"aptserve", "google", "grpc", "grpc_status"}),
         forbidden=frozenset({"aptserve.cli"}),
         advice="the SDK needs only grpcio and protobuf; what the command line needs belongs in "
         "client/aptserve/cli, what a service needs in its own package",
+    ),
+    Rule(
+        folder="client/aptserve/workload/",
+        allowed=frozenset({"aptserve.workload", "numpy"}),
+        advice="workloads are numbers: what talks to a service belongs in the SDK or the command "
+        "line around them",
     ),
     Rule(
         folder="client/aptserve/cli/",

@@ -43,6 +43,8 @@ def find_run(
         and not worker.releases
         and not len(decision.preempted)
         and bool((decision.num_tokens == 1).all())
+        # The last token of a chunked prompt looks like a decode, but a first token comes of it.
+        and bool(table.has_token[slots].all())
     )
     if not is_plain or worker.learns_costs or not policy.repeats(problem, decision):
         return None

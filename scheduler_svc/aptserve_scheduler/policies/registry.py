@@ -1,4 +1,7 @@
-"""Policies by name. A new one is a file and a line in ``_FACTORIES``."""
+"""Policies by name. A new one is a file and a line in ``_FACTORIES``.
+
+A variant, the same policy with other settings, is a line named ``policy:variant``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,21 @@ from collections.abc import Callable
 
 from aptserve_scheduler.policies.apt import AptPolicy
 from aptserve_scheduler.policies.base import Policy
+from aptserve_scheduler.policies.chunked import ChunkedPolicy
 from aptserve_scheduler.policies.fcfs import FcfsPolicy
+from aptserve_scheduler.policies.mlfq import MlfqPolicy
+from aptserve_scheduler.policies.srtf import SrtfConfig, SrtfPolicy
+from aptserve_scheduler.policies.vtc import VtcPolicy
 
 _FACTORIES: dict[str, Callable[[], Policy]] = {
     "apt": AptPolicy,
+    "chunked": ChunkedPolicy,
     "fcfs": FcfsPolicy,
+    "mlfq": MlfqPolicy,
+    "srtf": SrtfPolicy,
+    "srtf:noisy": lambda: SrtfPolicy(SrtfConfig("noisy")),
+    "srtf:oracle": lambda: SrtfPolicy(SrtfConfig("oracle")),
+    "vtc": VtcPolicy,
 }
 
 

@@ -10,7 +10,10 @@ from support.commands import Cli
     ("arguments", "line"),
     [
         (["up", "--polcy", "apt"], "aptserve up: No such option: --polcy"),
-        (["up", "--policy", "best"], "aptserve: --policy 'best': must be one of apt, fcfs"),
+        (
+            ["up", "--policy", "best"],
+            "aptserve: --policy 'best': must be one of apt, chunked, ",
+        ),
         (["up", "--workers", "0"], "aptserve up: Invalid value for '--workers'"),
         (["up", "--listen", "here"], "aptserve: --listen 'here': must be HOST:PORT"),
         (["up", "--ttft", "soon"], "aptserve up: Invalid value for '--ttft': 'soon' is no"),

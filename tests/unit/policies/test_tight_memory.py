@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aptserve_scheduler.core import CostCoefficients, Tier
-from aptserve_scheduler.policies import create_policy
+from aptserve_scheduler.policies import create_policy, policy_names
 from support.problems import Row, make_problem
 from support.scheduler import make_cost
 
@@ -47,14 +47,14 @@ def test_no_more_give_way_than_must(policy: str) -> None:
     assert decision.preempted.tolist() == [3]  # 16 units: just what 8 tokens take
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", policy_names())
 def test_memory_held_by_requests_whose_end_is_in_flight_is_waited_for(policy: str) -> None:
     ending = Row(num_computed=28, num_tokens=29, schedulable=False)
     rows = [Row(1, 2), ending]
     assert create_policy(policy).decide(make_problem(rows)) is None
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", policy_names())
 def test_nothing_running_and_nothing_waiting_is_no_plan(policy: str) -> None:
     assert create_policy(policy).decide(make_problem([])) is None
 

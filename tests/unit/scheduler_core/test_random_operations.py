@@ -29,14 +29,14 @@ from aptserve_scheduler.core import (
     WorkerId,
     WorkerSpec,
 )
-from aptserve_scheduler.policies import create_policy
+from aptserve_scheduler.policies import create_policy, policy_names
 from support.scheduler import CheckingWorker, Outcome, expected_tokens, make_request, make_worker
 
 KV_ALONE = (TierSpec(Tier.KV, 2),)
 HALF = (TierSpec(Tier.KV, 2), TierSpec(Tier.HIDDEN, 1))
 THREE_EIGHTHS = (TierSpec(Tier.KV, 8), TierSpec(Tier.HIDDEN, 3))
 TIER_SETS = {"kv": KV_ALONE, "hidden_1_of_2": HALF, "hidden_3_of_8": THREE_EIGHTHS}
-POLICIES = ("fcfs", "apt")
+POLICIES = policy_names()
 DEPTHS = (1, 2, 3)
 
 _NUM_CASES = len(POLICIES) * len(TIER_SETS) * len(DEPTHS)
@@ -52,8 +52,7 @@ class Driver:
         self.rng = random.Random(f"{seed} {policy} {tiers} {depth}")
         self.depth = depth
         self.tiers = tiers
-        # KV is the only tier that fcfs uses.
-        usable = tiers[:1] if policy == "fcfs" else tiers
+        usable = create_policy(policy).usable_tiers(tiers)
         self.smallest_block = min(tier.units_per_block for tier in usable)
         self.max_waiting = self.rng.choice([3, 10, 1000])
         config = SchedulerConfig(depth, self.max_waiting)

@@ -1,0 +1,161 @@
+"""Preemptive shortest remaining time first: the rule of ALISE (arXiv 2410.23537).
+
+The remaining time of a request is predicted as
+
+    seconds to compute what it has left to compute (a prompt, or a cache that was lost)
+    + expected further output tokens * seconds of a decode iteration with this request alone
+
+by the cost model. Level p takes requests of up to ``quantum_seconds * 2^p``; every
+``ageing_seconds`` since its arrival lift a request by one level. The batch is composed anew in
+every iteration, from the lowest level up, by arrival within a level
+(:func:`~aptserve_scheduler.policies.mlfq.ranked_batch`).
+
+Expected output lengths come from one of three predictors:
+
+* ``history`` (policy ``srtf``): the service's own completed answers, by tokens so far and size of
+  the prompt (:class:`~aptserve_scheduler.policies.prediction.OutputPredictor`). It replaces ALISE's
+  search for similar prompts: the scheduler sees token ids, no text. Without history: max_tokens.
+* ``oracle`` (``srtf:oracle``): ``expected_output_tokens``, taken for the truth.
+* ``noisy`` (``srtf:noisy``): the same times a log-normal factor of median 1 for each request, its
+  logarithm having the standard deviation ``sigma``.
+
+The last two take max_tokens where the caller gave no guess, and one token once it is outlived.
+
+Choices that the source leaves open, or that differ here: caches are KV only, and one whose memory
+is needed is dropped and recomputed, where ALISE moves it to the host or to 8 bits. The time it
+takes to recompute counts as remaining, so a request is not exchanged for one slightly shorter. A
+decode iteration is predicted from the request alone, as predictions that followed the batch could
+make two requests take turns at preempting each other.
+
+A priority of n counts like n levels. Tenants are ignored. Ageing bounds the waiting: after
+``(num_levels - 1) * ageing_seconds`` (and as many more as a negative priority has levels) a request
+is in the lowest level, where only earlier arrivals come before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
+from aptserve_scheduler.policies.base import (
+    Arrival,
+    BatchProblem,
+    Candidates,
+    Decision,
+    Floats,
+    Ints,
+    Policy,
+    decodes_everyone,
+)
+from aptserve_scheduler.policies.mlfq import prefill_seconds, ranked_batch
+from aptserve_scheduler.policies.prediction import OutputPredictor, reaching
+
+Predictor = Literal["history", "oracle", "noisy"]
+_LEAST_SECONDS = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class SrtfConfig:
+    """Settings of the policy; ValueError names a field out of range."""
+
+    predictor: Predictor = "history"
+    quantum_seconds: float = 0.25
+    """Longest remaining time in the lowest level; each further level has twice that."""
+    num_levels: int = 10
+    ageing_seconds: float = 10.0
+    """Time since arrival that lifts by one level."""
+    sigma: float = 0.5
+    """Standard deviation of the logarithm of the noise of ``noisy``."""
+    seed: int = 0
+    """Of that noise, which follows the order of arrivals."""
+
+    def __post_init__(self) -> None:
+        if self.predictor not in get_args(Predictor):
+            known = ", ".join(get_args(Predictor))
+            raise ValueError(f"predictor must be one of {known}, not {self.predictor!r}")
+        for name in ("quantum_seconds", "ageing_seconds"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if not 1 <= self.num_levels <= 48:
+            raise ValueError(f"num_levels must be from 1 to 48, not {self.num_levels}")
+        if not self.sigma >= 0:
+            raise ValueError(f"sigma must not be negative, not {self.sigma}")
+
+
+class SrtfPolicy(Policy):
+    """Shortest predicted remaining time first, with ageing; KV tier only."""
+
+    def __init__(self, config: SrtfConfig | None = None) -> None:
+        self.config = config or SrtfConfig()
+        predictor = self.config.predictor
+        self.name = "srtf" if predictor == "history" else f"srtf:{predictor}"
+        self.is_oracle = predictor != "history"
+        self.needs_history = predictor != "oracle"
+        self._history = OutputPredictor()
+        self._noise = np.random.default_rng(self.config.seed)
+        self._log_factor = np.zeros(0, np.float64)
+
+    def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
+        """KV alone."""
+        return tuple(tier for tier in tiers if tier.tier == Tier.KV)
+
+    def decide(self, problem: BatchProblem) -> Decision | None:
+        """Whom to serve, from the lowest level up."""
+        return ranked_batch(
+            problem,
+            self._levels(problem.running, problem.cost),
+            self._levels(problem.waiting, problem.cost),
+        )
+
+    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
+        """When everyone decodes: levels then decide about the order in the batch alone."""
+        return decodes_everyone(problem, decision)
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Draw the error of its prediction, or note the size of its prompt."""
+        if self.config.predictor == "noisy":
+            self._log_factor = reaching(self._log_factor, arrival.slot)
+            self._log_factor[arrival.slot] = self._noise.normal(0.0, self.config.sigma)
+        else:
+            self._history.arrived(arrival)
+
+    def ended(self, slot: int, num_output_tokens: int, *, completed: bool) -> None:
+        """Learn from its length."""
+        if self.config.predictor == "history":
+            self._history.ended(slot, num_output_tokens, completed=completed)
+
+    def _levels(self, candidates: Candidates, cost: CostCoefficients) -> Ints:
+        config = self.config
+        remaining = self._remaining_seconds(candidates, cost)
+        doublings = np.ceil(np.log2(np.maximum(remaining, _LEAST_SECONDS) / config.quantum_seconds))
+        lifts = np.floor(candidates.age_seconds / config.ageing_seconds) + candidates.priorities
+        highest = config.num_levels - 1
+        levels: Floats = np.clip(np.clip(doublings, 0, highest) - lifts, 0, highest)
+        return levels.astype(np.int64)
+
+    def _remaining_seconds(self, candidates: Candidates, cost: CostCoefficients) -> Floats:
+        to_compute = candidates.num_remaining_tokens
+        # A single token is the decode iteration that samples the first of the expected ones.
+        prefill = np.where(to_compute > 1, prefill_seconds(cost, candidates), 0.0)
+        per_cached = cost.seconds_per_cached_token.get(Tier.KV, 0.0)
+        decode = cost.base_seconds + cost.seconds_per_token + cost.seconds_per_sequence
+        per_token = decode + per_cached * candidates.num_tokens
+        seconds: Floats = prefill + per_token * self._remaining_tokens(candidates)
+        return seconds
+
+    def _remaining_tokens(self, candidates: Candidates) -> Floats:
+        num_output, num_prompt = candidates.num_output_tokens, candidates.num_prompt_tokens
+        most = candidates.max_num_tokens - num_prompt - num_output
+        if self.config.predictor == "history":
+            return self._history.remaining(num_output, num_prompt, most)
+        guess = candidates.expected_output_tokens.astype(np.float64)
+        if self.config.predictor == "noisy" and len(candidates):
+            self._log_factor = reaching(self._log_factor, int(candidates.slots.max()))
+            guess = guess * np.exp(self._log_factor[candidates.slots])
+        has_guess = candidates.expected_output_tokens > 0
+        tokens: Floats = np.where(has_guess, np.minimum(guess - num_output, most), most)
+        return np.maximum(tokens, 1.0)
