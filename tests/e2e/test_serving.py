@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from aptserve import FinishReason, InvalidArgumentError
+from aptserve_scheduler.policies import registry
 from support.cluster import Cluster, cluster
 from support.eventually import eventually
 from support.models import CONTEXT, VOCAB, greedy
+from support.policies import MixingPolicy
 from transformers import PreTrainedModel
 
 Checkpoints = Callable[[str], Path]
@@ -66,8 +68,11 @@ async def test_under_a_pool_too_small_for_all(
         assert totals.num_finished == 24
 
 
-async def test_hidden_and_kv_mix_and_hidden_is_promoted(checkpoint: Checkpoints, oracle: Oracles):
-    async with cluster(checkpoint("opt"), **TIGHT) as running:
+async def test_hidden_and_kv_mix_and_hidden_is_promoted(
+    checkpoint: Checkpoints, oracle: Oracles, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(registry._FACTORIES, "mixing", MixingPolicy)
+    async with cluster(checkpoint("opt"), scheduler={"policy": "mixing"}, **TIGHT) as running:
         tiers_of_plans: list[set[str]] = []
         promoted: list[str] = []
 
