@@ -64,7 +64,11 @@ class Rule:
 RULES = (
     Rule(
         folder="client/aptserve/",
-        excluding=("client/aptserve/cli/", "client/aptserve/workload/"),
+        excluding=(
+            "client/aptserve/cli/",
+            "client/aptserve/evaluation/",
+            "client/aptserve/workload/",
+        ),
         allowed=frozenset({"aptserve", "google", "grpc", "grpc_status"}),
         forbidden=frozenset({"aptserve.cli"}),
         advice="the SDK needs only grpcio and protobuf; what the command line needs belongs in "
@@ -77,9 +81,15 @@ RULES = (
         "line around them",
     ),
     Rule(
+        folder="client/aptserve/evaluation/",
+        allowed=frozenset({"aptserve.evaluation", "numpy"}),
+        lazy_only=frozenset({"scipy", "matplotlib"}),
+        advice="reports and figures are made of records: what plays a workload belongs elsewhere",
+    ),
+    Rule(
         folder="client/aptserve/cli/",
         allowed=frozenset({"aptserve", "google", "grpc", "grpc_health", "rich", "typer"}),
-        lazy_only=frozenset({"aptserve_scheduler", "aptserve_worker"}),
+        lazy_only=frozenset({"aptserve_scheduler", "aptserve_worker", "numpy"}),
         advice="the command line starts without the services installed: import a service inside "
         "the function that runs it, and put service code into that service's package",
     ),
@@ -94,6 +104,7 @@ RULES = (
             folder=f"scheduler_svc/aptserve_scheduler/{name}/",
             allowed=frozenset({"numpy", "aptserve_scheduler.core", "aptserve_scheduler.policies"}),
             forbidden=_IO_MODULES | _CLOCK_MODULES,
+            lazy_only=frozenset({"scipy"}),
             advice="core/ and policies/ do no I/O and read no clock, so that they run live and "
             "simulated alike: gRPC, tasks and time belong in the service around them",
         )

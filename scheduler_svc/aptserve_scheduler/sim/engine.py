@@ -1,0 +1,344 @@
+"""The event loop of a simulation: arrivals, plans, and results when their time has come.
+
+The scheduler is fed exactly what the live service feeds it. A worker runs its plans one after the
+other; each takes the time that its :class:`StepCost` says, which the scheduler does not know, only
+the estimate that the worker advertised.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from aptserve.evaluation import RequestRecord
+from aptserve.workload import Trace
+
+from aptserve_scheduler.core import (
+    BatchPlan,
+    DecodeRun,
+    Event,
+    FinishReason,
+    Objectives,
+    RequestFinished,
+    RequestId,
+    RequestSpec,
+    RequestTooLarge,
+    Scheduler,
+    SchedulerConfig,
+    SequenceId,
+    SequenceOutput,
+    StepResult,
+    WorkerId,
+)
+from aptserve_scheduler.policies import Policy, create_policy
+from aptserve_scheduler.sim.timeline import Timeline, TimelineRecorder
+from aptserve_scheduler.sim.worker import SimWorker
+
+_NUM_SAMPLES = 400
+"""Samples of the timeline over the arrivals; what comes after them adds more."""
+_PROGRESS_EVENTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SimConfig:
+    """A simulated service. ValueError names a field out of range."""
+
+    policy: str | Policy
+    workers: tuple[SimWorker, ...]
+    objectives: Objectives
+    pipeline_depth: int = 1
+    """Plans sent ahead of results. At 1 every decision knows all results, and planning is free
+    unless ``planning_seconds`` says otherwise."""
+    planning_seconds: float = 0.0
+    """From a result, or an arrival, to the arrival of the plan at the worker."""
+    max_tokens: int | None = None
+    """What requests allow themselves to generate; nobody knows then when they will end. ``None``:
+    exactly what they will, as a load generator that ignores end-of-sequence tokens asks for."""
+    max_waiting: int = 1_000_000
+    learns_costs: bool = False
+    """Whether the scheduler refines the advertised estimate from what it measures. Off, equal
+    decodes are entered in one go, which is some times faster."""
+
+    def __post_init__(self) -> None:
+        if not self.workers:
+            raise ValueError("workers: at least one is needed")
+        if self.planning_seconds < 0:
+            raise ValueError(f"planning_seconds must not be negative, not {self.planning_seconds}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """What became of a trace."""
+
+    records: tuple[RequestRecord, ...]
+    """In order of arrival."""
+    duration_seconds: float
+    """From the first arrival to the end of the last request."""
+    num_steps: int
+    num_preemptions: int
+    num_promotions: int
+    timeline: Timeline
+
+
+def simulate(
+    trace: Trace, config: SimConfig, on_progress: Callable[[int, int], None] | None = None
+) -> SimResult:
+    """Play a trace to its end. ``on_progress`` is told how many requests of how many ended."""
+    return _Simulation(trace, config, on_progress or (lambda _done, _all: None)).run()
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker at work: its plans in order, and when it will be done with all of them."""
+
+    sim: SimWorker
+    plans: deque[tuple[BatchPlan, float]] = field(default_factory=deque)
+    """With the seconds that each takes."""
+    free_at: float = 0.0
+    somebody_ends: bool = False
+    """The iteration after the last run ends a request, so it cannot be part of a run."""
+
+
+class _Simulation:
+    def __init__(
+        self, trace: Trace, config: SimConfig, on_progress: Callable[[int, int], None]
+    ) -> None:
+        self._trace = trace
+        self._config = config
+        self._on_progress = on_progress
+        policy = config.policy
+        self._policy = create_policy(policy) if isinstance(policy, str) else policy
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                pipeline_depth=config.pipeline_depth,
+                max_waiting=config.max_waiting,
+                learns_costs=config.learns_costs,
+            ),
+            self._policy,
+        )
+        self._workers = {WorkerId(w.spec.worker_id): _Worker(w) for w in config.workers}
+        for worker in config.workers:
+            self._scheduler.add_worker(worker.spec, 0.0)
+        self._arrivals: list[float] = trace.arrival_seconds.tolist()
+        self._num_output: list[int] = trace.num_output_tokens.tolist()
+        self._next_arrival = 0
+        self._num_produced = [0] * len(trace)
+        self._records: list[RequestRecord | None] = [None] * len(trace)
+        self._num_ended = 0
+        self._due: list[tuple[float, int, WorkerId]] = []
+        """Ends of iterations; the number keeps equal times in order."""
+        self._num_due = 0
+        span = self._arrivals[-1] if self._arrivals else 0.0
+        self._recorder = TimelineRecorder(span / _NUM_SAMPLES)
+        # Skipping ahead is only sound when nobody else can put a request back into the queue.
+        self._may_skip = len(self._workers) == 1 and config.pipeline_depth == 1
+        self._may_skip &= config.planning_seconds == 0.0 and not config.learns_costs
+
+    def run(self) -> SimResult:
+        now = 0.0
+        while self._num_ended < len(self._trace):
+            now = self._next_event()
+            self._take_arrivals(now)
+            self._take_results(now)
+            if self._recorder.is_due(now):
+                self._recorder.sample(now, self._scheduler.snapshot(now))
+            for worker_id, worker in self._workers.items():
+                self._plan(worker_id, worker, now)
+            if not self._num_ended % _PROGRESS_EVENTS:
+                self._on_progress(self._num_ended, len(self._trace))
+        self._on_progress(self._num_ended, len(self._trace))
+        self._recorder.sample(now, self._scheduler.snapshot(now))
+        snapshot = self._scheduler.snapshot(now)
+        return SimResult(
+            records=tuple(record for record in self._records if record is not None),
+            duration_seconds=now,
+            num_steps=sum(worker.num_steps for worker in snapshot.workers),
+            num_preemptions=snapshot.totals.num_preemptions,
+            num_promotions=snapshot.totals.num_promotions,
+            timeline=self._recorder.timeline(),
+        )
+
+    def _arrival_time(self) -> float:
+        if self._next_arrival == len(self._arrivals):
+            return np.inf
+        return self._arrivals[self._next_arrival]
+
+    def _next_event(self) -> float:
+        now = min(self._arrival_time(), self._due[0][0] if self._due else np.inf)
+        if not np.isfinite(now):
+            waiting = len(self._trace) - self._num_ended
+            raise RuntimeError(
+                f"policy {self._policy.name} leaves {waiting} requests without service for ever"
+            )
+        return now
+
+    def _take_arrivals(self, now: float) -> None:
+        while self._arrival_time() <= now:
+            index = self._next_arrival
+            self._next_arrival += 1
+            try:
+                events = self._scheduler.add_request(self._spec(index), self._arrivals[index])
+            except RequestTooLarge as error:
+                self._refuse(index, str(error))
+            else:
+                self._note(events)
+
+    def _spec(self, index: int) -> RequestSpec:
+        trace, num_output = self._trace, self._num_output[index]
+        allowed = self._config.max_tokens
+        return RequestSpec(
+            request_id=RequestId(str(index)),
+            prompt_token_ids=range(int(trace.num_prompt_tokens[index])),
+            max_tokens=num_output if allowed is None else max(num_output, allowed),
+            objectives=self._config.objectives,
+            tenant=trace.tenants[index],
+            priority=int(trace.priorities[index]),
+            expected_output_tokens=num_output if self._policy.is_oracle else None,
+        )
+
+    def _take_results(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            _, _, worker_id = heapq.heappop(self._due)
+            worker = self._workers[worker_id]
+            if not worker.plans:
+                continue  # the end of a run, whose iterations are in the books already
+            plan, seconds = worker.plans.popleft()
+            self._note(self._scheduler.apply(worker_id, self._answer(plan, seconds), now))
+
+    def _plan(self, worker_id: WorkerId, worker: _Worker, now: float) -> None:
+        if self._may_skip:
+            if worker.free_at > now:
+                return
+            plan = self._plan_or_skip(worker_id, worker, now)
+            if plan is not None:
+                self._start(worker_id, worker, plan, now)
+            return
+        while (plan := self._scheduler.plan(worker_id, now)) is not None:
+            self._start(worker_id, worker, plan, now)
+
+    def _plan_or_skip(self, worker_id: WorkerId, worker: _Worker, now: float) -> BatchPlan | None:
+        if worker.somebody_ends:
+            worker.somebody_ends = False
+            return self._scheduler.plan(worker_id, now)
+        plan = self._scheduler.plan_or_run(worker_id, now)
+        if not isinstance(plan, DecodeRun):
+            return plan
+        if self._skip(worker_id, worker, plan, now):
+            return None
+        return self._scheduler.plan(worker_id, now)
+
+    def _start(self, worker_id: WorkerId, worker: _Worker, plan: BatchPlan, now: float) -> None:
+        entries = plan.scheduled
+        seconds = worker.sim.cost.seconds(
+            np.array([entry.num_computed_tokens for entry in entries], np.int64),
+            np.array([entry.num_new_tokens for entry in entries], np.int64),
+            np.array([entry.tier for entry in entries], np.int8),
+        )
+        worker.free_at = max(now + self._config.planning_seconds, worker.free_at) + seconds
+        worker.plans.append((plan, seconds))
+        self._push(worker.free_at, worker_id)
+
+    def _push(self, at: float, worker_id: WorkerId) -> None:
+        heapq.heappush(self._due, (at, self._num_due, worker_id))
+        self._num_due += 1
+
+    def _skip(self, worker_id: WorkerId, worker: _Worker, run: DecodeRun, now: float) -> bool:
+        """Enter a run up to the iteration in which somebody arrives, or before somebody ends.
+
+        False, and nothing done, if the very first iteration ends a request.
+        """
+        indices = [int(request_id) for request_id in run.request_ids]
+        left = min(self._num_output[i] - self._num_produced[i] for i in indices) - 1
+        if left < 1:
+            return False
+        seconds = self._run_seconds(worker.sim, run, min(run.max_steps, left))
+        # Summed one by one, as if each iteration had been an event of its own.
+        starts = np.cumsum(np.concatenate([[now], seconds]))
+        num_steps = max(1, int(np.searchsorted(starts[:-1], self._arrival_time())))
+        ends = starts[1 : num_steps + 1]
+        self._scheduler.enter_run(worker_id, run, ends, now)
+        for index in indices:
+            self._num_produced[index] += num_steps
+        worker.somebody_ends = num_steps == left
+        worker.free_at = float(ends[-1])
+        self._push(worker.free_at, worker_id)
+        return True
+
+    def _run_seconds(
+        self, worker: SimWorker, run: DecodeRun, num_steps: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        of_tier = [run.tiers == tier.tier for tier in worker.spec.tiers]
+        num_sequences = np.array([int(mask.sum()) for mask in of_tier], np.int64)
+        cached = np.array([int(run.num_cached[mask].sum()) for mask in of_tier], np.int64)
+        steps = np.arange(num_steps)[:, None]
+        return worker.cost.decode_seconds(num_sequences, cached + steps * num_sequences)
+
+    def _answer(self, plan: BatchPlan, seconds: float) -> StepResult:
+        """What a worker would say: a token for each sequence that is through with what it knows."""
+        outputs: list[SequenceOutput] = []
+        skipped: list[SequenceId] = []
+        for entry in plan.scheduled:
+            index = int(entry.request_id)
+            record = self._records[index]
+            if record is not None:
+                skipped.append(entry.sequence_id)
+                continue
+            known = int(self._trace.num_prompt_tokens[index]) + self._num_produced[index]
+            if entry.num_computed_tokens + entry.num_new_tokens < known:
+                continue
+            self._num_produced[index] += 1
+            ends = self._num_produced[index] == self._num_output[index]
+            outputs.append(
+                SequenceOutput(entry.sequence_id, (0,), FinishReason.STOP if ends else None)
+            )
+        return StepResult(plan.plan_id, tuple(outputs), seconds, skipped=tuple(skipped))
+
+    def _note(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, RequestFinished):
+                self._record(int(event.request_id), event)
+
+    def _record(self, index: int, finished: RequestFinished) -> None:
+        timing = finished.timing
+        self._num_ended += 1
+        self._records[index] = RequestRecord(
+            request_id=finished.request_id,
+            arrival_seconds=self._arrivals[index],
+            num_prompt_tokens=finished.num_prompt_tokens,
+            num_output_tokens=finished.num_output_tokens,
+            ttft_seconds=timing.ttft_seconds,
+            tbt_p99_seconds=timing.tbt_p99_seconds,
+            total_seconds=timing.total_seconds,
+            longest_wait_seconds=timing.longest_wait_seconds,
+            completed=finished.error is None,
+            error=finished.error,
+            ttft_objective_seconds=self._config.objectives.ttft_seconds,
+            tbt_objective_seconds=self._config.objectives.tbt_seconds,
+            num_preemptions=timing.num_preemptions,
+            tenant=self._trace.tenants[index],
+        )
+
+    def _refuse(self, index: int, error: str) -> None:
+        self._num_ended += 1
+        objectives = self._config.objectives
+        self._records[index] = RequestRecord(
+            request_id=str(index),
+            arrival_seconds=self._arrivals[index],
+            num_prompt_tokens=int(self._trace.num_prompt_tokens[index]),
+            num_output_tokens=0,
+            ttft_seconds=None,
+            tbt_p99_seconds=None,
+            total_seconds=0.0,
+            longest_wait_seconds=0.0,
+            completed=False,
+            error=error,
+            ttft_objective_seconds=objectives.ttft_seconds,
+            tbt_objective_seconds=objectives.tbt_seconds,
+            num_preemptions=0,
+            tenant=self._trace.tenants[index],
+        )
