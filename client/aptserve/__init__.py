@@ -27,6 +27,7 @@ from aptserve.errors import (
 )
 from aptserve.sampling import SamplingParams
 from aptserve.types import (
+    Calibration,
     Chunk,
     Completion,
     FinishReason,
@@ -37,6 +38,7 @@ from aptserve.types import (
     PositionLogprobs,
     Status,
     Tier,
+    TierSeconds,
     TierStatus,
     Timing,
     TokenCount,
@@ -52,6 +54,7 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerateStream",
     "AsyncPlanStream",
+    "Calibration",
     "CancelledError",
     "Chunk",
     "Client",
@@ -74,6 +77,7 @@ __all__ = [
     "SamplingParams",
     "Status",
     "Tier",
+    "TierSeconds",
     "TierStatus",
     "Timing",
     "TokenCount",

@@ -14,6 +14,7 @@ from aptserve._channel import DEFAULT_CALL_TIMEOUT_SECONDS, Target, make_target
 from aptserve._generation import Generation, ResumePolicy
 from aptserve._request import SamplingOptions, build_request, check_text
 from aptserve.errors import AptServeError, InvalidArgumentError, from_rpc_error
+from aptserve.hints import Hints
 from aptserve.sampling import SamplingParams
 from aptserve.types import Objectives
 from aptserve.v1 import admin_pb2, inference_pb2
@@ -70,6 +71,7 @@ class ClientBase:
         model: str | None,
         timeout: float | None,
         resume_token_ids: Sequence[int] | None,
+        hints: Hints,
     ) -> Generation:
         if timeout is not None:
             _check_seconds("timeout", timeout)
@@ -82,6 +84,7 @@ class ClientBase:
             request_id=request_id,
             model=model,
             resume_token_ids=resume_token_ids,
+            hints=hints,
         )
         deadline = None if timeout is None else time.monotonic() + timeout
         return Generation(request, self._policy, deadline=deadline)

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from aptserve import _wire
 from aptserve.errors import InvalidArgumentError
+from aptserve.hints import Hints
 from aptserve.sampling import SamplingParams
 from aptserve.types import Objectives
 from aptserve.v1 import inference_pb2
@@ -47,13 +48,19 @@ def build_request(
     request_id: str | None,
     model: str | None,
     resume_token_ids: Sequence[int] | None,
+    hints: Hints,
 ) -> inference_pb2.GenerateRequest:
     """The message. Raises :class:`InvalidArgumentError` as the service would."""
     params = _sampling(sampling, options)
     params.validate()
     if objectives is not None:
         objectives.validate()
-    request = inference_pb2.GenerateRequest()
+    hints.validate()
+    request = inference_pb2.GenerateRequest(
+        tenant=hints.tenant,
+        priority=hints.priority,
+        expected_output_tokens=hints.expected_output_tokens,
+    )
     _set_prompt(request, prompt, token_ids)
     if request_id is not None:
         if not 1 <= len(request_id) <= MAX_REQUEST_ID_LENGTH:

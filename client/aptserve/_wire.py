@@ -8,7 +8,7 @@ from google.protobuf import duration_pb2
 
 from aptserve import types
 from aptserve.errors import InternalError
-from aptserve.v1 import admin_pb2, inference_pb2, types_pb2
+from aptserve.v1 import admin_pb2, inference_pb2, types_pb2, worker_pb2
 
 _TIERS = {
     types_pb2.CACHE_TIER_KV: types.Tier.KV,
@@ -150,6 +150,7 @@ def _worker(message: admin_pb2.WorkerStatus) -> types.WorkerStatus:
                 num_used_units=tier.num_used_units,
                 num_sequences=tier.num_sequences,
                 seconds_per_cached_token=tier.seconds_per_cached_token,
+                exact=tier.exact,
             )
             for tier in message.tiers
             if tier.tier in _TIERS
@@ -158,6 +159,23 @@ def _worker(message: admin_pb2.WorkerStatus) -> types.WorkerStatus:
         num_steps=message.num_steps,
         gap_share=message.gap_share,
         resident_bytes=message.resident_bytes,
+        max_num_seqs=message.max_num_seqs,
+        max_num_batched_tokens=message.max_num_batched_tokens,
+        calibration=_calibration(message.calibration),
+    )
+
+
+def _calibration(message: worker_pb2.Calibration) -> types.Calibration:
+    return types.Calibration(
+        base_seconds=message.base_seconds,
+        seconds_per_token=message.seconds_per_token,
+        seconds_per_sequence=message.seconds_per_sequence,
+        seconds_per_attention_pair=message.seconds_per_attention_pair,
+        tiers=tuple(
+            types.TierSeconds(_TIERS[tier.tier], tier.seconds_per_cached_token)
+            for tier in message.tiers
+            if tier.tier in _TIERS
+        ),
     )
 
 

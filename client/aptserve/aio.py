@@ -22,6 +22,7 @@ from aptserve._base import (
 from aptserve._channel import DRAIN_MARGIN_SECONDS
 from aptserve._request import SamplingOptions
 from aptserve.errors import CancelledError
+from aptserve.hints import Hints
 from aptserve.sampling import SamplingParams
 from aptserve.types import (
     Completion,
@@ -56,6 +57,9 @@ class AsyncClient(ClientBase):
         model: str | None = None,
         timeout: float | None = None,
         resume_token_ids: Sequence[int] | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        expected_output_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerateStream:
         """Continue a prompt, given as text or as token ids, and iterate over the answer's chunks.
@@ -63,6 +67,8 @@ class AsyncClient(ClientBase):
         Sampling fields may be given directly (``max_tokens=…, temperature=…``) instead of
         ``sampling``. ``timeout`` bounds the whole answer in seconds. ``resume_token_ids`` are
         output tokens that the caller holds from an earlier call; they are not sent again.
+        The service's policy may look at ``tenant`` (whose request it is), ``priority`` (-100 to
+        100, higher is more urgent) and ``expected_output_tokens`` (a guess of the answer's length).
         Needs a running event loop, which sends the request as soon as it gets a turn; what the
         service refuses is raised by the iteration, what is wrong by itself here
         (:class:`InvalidArgumentError`).
@@ -78,6 +84,7 @@ class AsyncClient(ClientBase):
             model=model,
             timeout=timeout,
             resume_token_ids=resume_token_ids,
+            hints=Hints(tenant or "", priority, expected_output_tokens),
         )
         return AsyncGenerateStream(generation, self._open_generate)
 
@@ -92,6 +99,9 @@ class AsyncClient(ClientBase):
         model: str | None = None,
         timeout: float | None = None,
         resume_token_ids: Sequence[int] | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        expected_output_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion:
         """The whole answer; arguments as for :meth:`generate`."""
@@ -104,6 +114,9 @@ class AsyncClient(ClientBase):
             model=model,
             timeout=timeout,
             resume_token_ids=resume_token_ids,
+            tenant=tenant,
+            priority=priority,
+            expected_output_tokens=expected_output_tokens,
             **options,
         )
         async with stream:

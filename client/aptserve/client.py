@@ -20,6 +20,7 @@ from aptserve._channel import DRAIN_MARGIN_SECONDS
 from aptserve._request import SamplingOptions
 from aptserve._streams import GenerateStream, PlanStream
 from aptserve.errors import CancelledError
+from aptserve.hints import Hints
 from aptserve.sampling import SamplingParams
 from aptserve.types import (
     Completion,
@@ -61,6 +62,9 @@ class Client(ClientBase):
         model: str | None = None,
         timeout: float | None = None,
         resume_token_ids: Sequence[int] | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        expected_output_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> GenerateStream:
         """Continue a prompt, given as text or as token ids, and iterate over the answer's chunks.
@@ -68,6 +72,8 @@ class Client(ClientBase):
         Sampling fields may be given directly (``max_tokens=…, temperature=…``) instead of
         ``sampling``. ``timeout`` bounds the whole answer in seconds. ``resume_token_ids`` are
         output tokens that the caller holds from an earlier call; they are not sent again.
+        The service's policy may look at ``tenant`` (whose request it is), ``priority`` (-100 to
+        100, higher is more urgent) and ``expected_output_tokens`` (a guess of the answer's length).
         The request is on its way when this returns; what the service refuses is raised by the
         iteration, what is wrong by itself here (:class:`InvalidArgumentError`).
         """
@@ -82,6 +88,7 @@ class Client(ClientBase):
             model=model,
             timeout=timeout,
             resume_token_ids=resume_token_ids,
+            hints=Hints(tenant or "", priority, expected_output_tokens),
         )
         return GenerateStream(generation, self._open_generate)
 
@@ -96,6 +103,9 @@ class Client(ClientBase):
         model: str | None = None,
         timeout: float | None = None,
         resume_token_ids: Sequence[int] | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        expected_output_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion:
         """The whole answer; arguments as for :meth:`generate`."""
@@ -108,6 +118,9 @@ class Client(ClientBase):
             model=model,
             timeout=timeout,
             resume_token_ids=resume_token_ids,
+            tenant=tenant,
+            priority=priority,
+            expected_output_tokens=expected_output_tokens,
             **options,
         )
         with stream:

@@ -22,7 +22,7 @@ _MAX_UINT64 = 2**64 - 1
 class SamplingParams:
     """How the next token is chosen; ranges and meaning as in ``aptserve.v1.SamplingParams``.
 
-    ``max_tokens=None`` means 256 or what the context leaves; ``seed=None`` a random seed;
+    ``max_tokens=None`` means 256 or what context and memory leave; ``seed=None`` a random seed;
     ``logprobs=None`` no logprobs.
     """
 

@@ -150,6 +150,32 @@ class TierStatus:
     num_sequences: int
     seconds_per_cached_token: float
     """Current estimate, per cached token and decode step."""
+    exact: bool
+    """Whether outputs equal the model's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierSeconds:
+    """What a cached token of a tier costs a decode step, in seconds."""
+
+    tier: Tier
+    seconds_per_cached_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Coefficients of a worker's iteration time in seconds.
+
+    An iteration takes base + per_token · new tokens + per_sequence · sequences +
+    per_attention_pair · Σ n·(c + n/2) over prefills of n tokens on c cached ones +
+    Σ_tier per_cached_token · cached tokens of decodes in that tier.
+    """
+
+    base_seconds: float
+    seconds_per_token: float
+    seconds_per_sequence: float
+    seconds_per_attention_pair: float
+    tiers: tuple[TierSeconds, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +196,12 @@ class WorkerStatus:
     """Share of the time between steps in all busy time; 0 to 1."""
     resident_bytes: int
     """Resident memory of the worker's process, as it registered."""
+    max_num_seqs: int
+    """Most sequences in one batch."""
+    max_num_batched_tokens: int
+    """Most new tokens in one batch."""
+    calibration: Calibration
+    """Current estimate of its speed."""
 
 
 @dataclass(frozen=True, slots=True)

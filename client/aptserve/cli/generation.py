@@ -11,6 +11,7 @@ from aptserve import Completion, Objectives, SamplingParams
 from aptserve.cli.connection import connected, to_json
 from aptserve.cli.problems import usage_error
 from aptserve.cli.values import format_seconds
+from aptserve.hints import Hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class GenerateOptions:
     objectives: Objectives
     model: str | None
     timeout_seconds: float | None
+    hints: Hints
     json: bool
 
 
@@ -37,6 +39,9 @@ def run_generate(
             objectives=options.objectives,
             model=options.model,
             timeout=options.timeout_seconds,
+            tenant=options.hints.tenant,
+            priority=options.hints.priority,
+            expected_output_tokens=options.hints.expected_output_tokens,
         ) as stream,
     ):
         for chunk in stream:

@@ -23,36 +23,37 @@ _sym_db = _symbol_database.Default()
 
 
 from aptserve.v1 import types_pb2 as aptserve_dot_v1_dot_types__pb2
+from aptserve.v1 import worker_pb2 as aptserve_dot_v1_dot_worker__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61ptserve/v1/admin.proto\x12\x0b\x61ptserve.v1\x1a\x17\x61ptserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"\x12\n\x10GetStatusRequest\"\xdc\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x16\n\x0epipeline_depth\x18\x03 \x01(\r\x12\x11\n\taccepting\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\x12*\n\x07workers\x18\x06 \x03(\x0b\x32\x19.aptserve.v1.WorkerStatus\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12.\n\x0boldest_wait\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x06totals\x18\x0b \x01(\x0b\x32\x13.aptserve.v1.Totals\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\"\x87\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x11\n\tnum_units\x18\x03 \x01(\x04\x12\x16\n\x0enum_used_units\x18\x04 \x01(\x04\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x12\n\nunit_bytes\x18\x06 \x01(\x04\x12&\n\x05tiers\x18\x07 \x03(\x0b\x32\x17.aptserve.v1.TierStatus\x12\x1b\n\x13num_plans_in_flight\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x11\n\tgap_share\x18\n \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x04\"\x9c\x01\n\nTierStatus\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.aptserve.v1.CacheTier\x12\x17\n\x0funits_per_block\x18\x02 \x01(\r\x12\x16\n\x0enum_used_units\x18\x03 \x01(\x04\x12\x15\n\rnum_sequences\x18\x04 \x01(\r\x12 \n\x18seconds_per_cached_token\x18\x05 \x01(\x01\"\xf6\x01\n\x06Totals\x12\x14\n\x0cnum_accepted\x18\x01 \x01(\x04\x12\x14\n\x0cnum_finished\x18\x02 \x01(\x04\x12\x13\n\x0bnum_aborted\x18\x03 \x01(\x04\x12\x12\n\nnum_failed\x18\x04 \x01(\x04\x12\x14\n\x0cnum_rejected\x18\x05 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x06 \x01(\x04\x12\x16\n\x0enum_promotions\x18\x07 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x08 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\t \x01(\x04\x12\x1a\n\x12num_objectives_met\x18\n \x01(\x04\"&\n\x11WatchPlansRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\xa7\x02\n\x12WatchPlansResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07plan_id\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x30\n\rdecision_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x07planned\x18\x05 \x03(\x0b\x32\x1b.aptserve.v1.PlannedRequest\x12\x1d\n\x15preempted_request_ids\x18\x06 \x03(\t\x12\x1c\n\x14promoted_request_ids\x18\x07 \x03(\t\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x16\n\x0enum_used_units\x18\t \x01(\x04\x12\x13\n\x0bnum_dropped\x18\n \x01(\x04\"\x7f\n\x0ePlannedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.aptserve.v1.CacheTier\x12\x1b\n\x13num_computed_tokens\x18\x03 \x01(\r\x12\x16\n\x0enum_new_tokens\x18\x04 \x01(\r\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r2\xeb\x01\n\x0c\x41\x64minService\x12J\n\tGetStatus\x12\x1d.aptserve.v1.GetStatusRequest\x1a\x1e.aptserve.v1.GetStatusResponse\x12O\n\nWatchPlans\x12\x1e.aptserve.v1.WatchPlansRequest\x1a\x1f.aptserve.v1.WatchPlansResponse0\x01\x12>\n\x05\x44rain\x12\x19.aptserve.v1.DrainRequest\x1a\x1a.aptserve.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61ptserve/v1/admin.proto\x12\x0b\x61ptserve.v1\x1a\x17\x61ptserve/v1/types.proto\x1a\x18\x61ptserve/v1/worker.proto\x1a\x1egoogle/protobuf/duration.proto\"\x12\n\x10GetStatusRequest\"\xdc\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x16\n\x0epipeline_depth\x18\x03 \x01(\r\x12\x11\n\taccepting\x18\x04 \x01(\x08\x12\r\n\x05model\x18\x05 \x01(\t\x12*\n\x07workers\x18\x06 \x03(\x0b\x32\x19.aptserve.v1.WorkerStatus\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12.\n\x0boldest_wait\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12#\n\x06totals\x18\x0b \x01(\x0b\x32\x13.aptserve.v1.Totals\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\"\xec\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x11\n\tnum_units\x18\x03 \x01(\x04\x12\x16\n\x0enum_used_units\x18\x04 \x01(\x04\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x12\n\nunit_bytes\x18\x06 \x01(\x04\x12&\n\x05tiers\x18\x07 \x03(\x0b\x32\x17.aptserve.v1.TierStatus\x12\x1b\n\x13num_plans_in_flight\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x11\n\tgap_share\x18\n \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cmax_num_seqs\x18\x0c \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\r \x01(\r\x12-\n\x0b\x63\x61libration\x18\x0e \x01(\x0b\x32\x18.aptserve.v1.Calibration\"\xab\x01\n\nTierStatus\x12$\n\x04tier\x18\x01 \x01(\x0e\x32\x16.aptserve.v1.CacheTier\x12\x17\n\x0funits_per_block\x18\x02 \x01(\r\x12\x16\n\x0enum_used_units\x18\x03 \x01(\x04\x12\x15\n\rnum_sequences\x18\x04 \x01(\r\x12 \n\x18seconds_per_cached_token\x18\x05 \x01(\x01\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\"\xf6\x01\n\x06Totals\x12\x14\n\x0cnum_accepted\x18\x01 \x01(\x04\x12\x14\n\x0cnum_finished\x18\x02 \x01(\x04\x12\x13\n\x0bnum_aborted\x18\x03 \x01(\x04\x12\x12\n\nnum_failed\x18\x04 \x01(\x04\x12\x14\n\x0cnum_rejected\x18\x05 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x06 \x01(\x04\x12\x16\n\x0enum_promotions\x18\x07 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x08 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\t \x01(\x04\x12\x1a\n\x12num_objectives_met\x18\n \x01(\x04\"&\n\x11WatchPlansRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\xa7\x02\n\x12WatchPlansResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07plan_id\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x30\n\rdecision_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x07planned\x18\x05 \x03(\x0b\x32\x1b.aptserve.v1.PlannedRequest\x12\x1d\n\x15preempted_request_ids\x18\x06 \x03(\t\x12\x1c\n\x14promoted_request_ids\x18\x07 \x03(\t\x12\x13\n\x0bnum_waiting\x18\x08 \x01(\r\x12\x16\n\x0enum_used_units\x18\t \x01(\x04\x12\x13\n\x0bnum_dropped\x18\n \x01(\x04\"\x7f\n\x0ePlannedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x04tier\x18\x02 \x01(\x0e\x32\x16.aptserve.v1.CacheTier\x12\x1b\n\x13num_computed_tokens\x18\x03 \x01(\r\x12\x16\n\x0enum_new_tokens\x18\x04 \x01(\r\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\rDrainResponse\x12\x16\n\x0enum_unfinished\x18\x01 \x01(\r2\xeb\x01\n\x0c\x41\x64minService\x12J\n\tGetStatus\x12\x1d.aptserve.v1.GetStatusRequest\x1a\x1e.aptserve.v1.GetStatusResponse\x12O\n\nWatchPlans\x12\x1e.aptserve.v1.WatchPlansRequest\x1a\x1f.aptserve.v1.WatchPlansResponse0\x01\x12>\n\x05\x44rain\x12\x19.aptserve.v1.DrainRequest\x1a\x1a.aptserve.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'aptserve.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSTATUSREQUEST']._serialized_start=97
-  _globals['_GETSTATUSREQUEST']._serialized_end=115
-  _globals['_GETSTATUSRESPONSE']._serialized_start=118
-  _globals['_GETSTATUSRESPONSE']._serialized_end=466
-  _globals['_WORKERSTATUS']._serialized_start=469
-  _globals['_WORKERSTATUS']._serialized_end=732
-  _globals['_TIERSTATUS']._serialized_start=735
-  _globals['_TIERSTATUS']._serialized_end=891
-  _globals['_TOTALS']._serialized_start=894
-  _globals['_TOTALS']._serialized_end=1140
-  _globals['_WATCHPLANSREQUEST']._serialized_start=1142
-  _globals['_WATCHPLANSREQUEST']._serialized_end=1180
-  _globals['_WATCHPLANSRESPONSE']._serialized_start=1183
-  _globals['_WATCHPLANSRESPONSE']._serialized_end=1478
-  _globals['_PLANNEDREQUEST']._serialized_start=1480
-  _globals['_PLANNEDREQUEST']._serialized_end=1607
-  _globals['_DRAINREQUEST']._serialized_start=1609
-  _globals['_DRAINREQUEST']._serialized_end=1667
-  _globals['_DRAINRESPONSE']._serialized_start=1669
-  _globals['_DRAINRESPONSE']._serialized_end=1708
-  _globals['_ADMINSERVICE']._serialized_start=1711
-  _globals['_ADMINSERVICE']._serialized_end=1946
+  _globals['_GETSTATUSREQUEST']._serialized_start=123
+  _globals['_GETSTATUSREQUEST']._serialized_end=141
+  _globals['_GETSTATUSRESPONSE']._serialized_start=144
+  _globals['_GETSTATUSRESPONSE']._serialized_end=492
+  _globals['_WORKERSTATUS']._serialized_start=495
+  _globals['_WORKERSTATUS']._serialized_end=859
+  _globals['_TIERSTATUS']._serialized_start=862
+  _globals['_TIERSTATUS']._serialized_end=1033
+  _globals['_TOTALS']._serialized_start=1036
+  _globals['_TOTALS']._serialized_end=1282
+  _globals['_WATCHPLANSREQUEST']._serialized_start=1284
+  _globals['_WATCHPLANSREQUEST']._serialized_end=1322
+  _globals['_WATCHPLANSRESPONSE']._serialized_start=1325
+  _globals['_WATCHPLANSRESPONSE']._serialized_end=1620
+  _globals['_PLANNEDREQUEST']._serialized_start=1622
+  _globals['_PLANNEDREQUEST']._serialized_end=1749
+  _globals['_DRAINREQUEST']._serialized_start=1751
+  _globals['_DRAINREQUEST']._serialized_end=1809
+  _globals['_DRAINRESPONSE']._serialized_start=1811
+  _globals['_DRAINRESPONSE']._serialized_end=1850
+  _globals['_ADMINSERVICE']._serialized_start=1853
+  _globals['_ADMINSERVICE']._serialized_end=2088
 # @@protoc_insertion_point(module_scope)

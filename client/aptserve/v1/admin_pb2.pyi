@@ -4,6 +4,7 @@ isort:skip_file
 The API for operators."""
 
 from aptserve.v1 import types_pb2 as _types_pb2
+from aptserve.v1 import worker_pb2 as _worker_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -128,6 +129,9 @@ class WorkerStatus(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     GAP_SHARE_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Its name."""
     device: _builtins.str
@@ -148,9 +152,17 @@ class WorkerStatus(_message.Message):
     """Share of the time between steps in all time since its first step, idle times left out; 0 to 1."""
     resident_bytes: _builtins.int
     """Resident memory of the worker process in bytes, as it registered."""
+    max_num_seqs: _builtins.int
+    """Most sequences in one batch."""
+    max_num_batched_tokens: _builtins.int
+    """Most new tokens in one batch."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStatus]:
         """Use by tier."""
+
+    @_builtins.property
+    def calibration(self) -> _worker_pb2.Calibration:
+        """Current estimate of its speed: what it measured itself at the start, corrected by its steps."""
 
     def __init__(
         self,
@@ -166,10 +178,13 @@ class WorkerStatus(_message.Message):
         num_steps: _builtins.int = ...,
         gap_share: _builtins.float = ...,
         resident_bytes: _builtins.int = ...,
+        max_num_seqs: _builtins.int = ...,
+        max_num_batched_tokens: _builtins.int = ...,
+        calibration: _worker_pb2.Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "device", b"device", "gap_share", b"gap_share", "num_plans_in_flight", b"num_plans_in_flight", "num_steps", b"num_steps", "num_units", b"num_units", "num_used_units", b"num_used_units", "resident_bytes", b"resident_bytes", "tiers", b"tiers", "unit_bytes", b"unit_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "calibration", b"calibration", "device", b"device", "gap_share", b"gap_share", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "num_plans_in_flight", b"num_plans_in_flight", "num_steps", b"num_steps", "num_units", b"num_units", "num_used_units", b"num_used_units", "resident_bytes", b"resident_bytes", "tiers", b"tiers", "unit_bytes", b"unit_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,6 +201,7 @@ class TierStatus(_message.Message):
     NUM_USED_UNITS_FIELD_NUMBER: _builtins.int
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     SECONDS_PER_CACHED_TOKEN_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
     tier: _types_pb2.CacheTier.ValueType
     """Which."""
     units_per_block: _builtins.int
@@ -195,7 +211,9 @@ class TierStatus(_message.Message):
     num_sequences: _builtins.int
     """Sequences in it."""
     seconds_per_cached_token: _builtins.float
-    """Current estimate, seconds per cached token and decode step."""
+    """Current estimate, seconds per cached token and decode step; as in the worker's calibration."""
+    exact: _builtins.bool
+    """Whether outputs equal the model's own."""
     def __init__(
         self,
         *,
@@ -204,10 +222,11 @@ class TierStatus(_message.Message):
         num_used_units: _builtins.int = ...,
         num_sequences: _builtins.int = ...,
         seconds_per_cached_token: _builtins.float = ...,
+        exact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_sequences", b"num_sequences", "num_used_units", b"num_used_units", "seconds_per_cached_token", b"seconds_per_cached_token", "tier", b"tier", "units_per_block", b"units_per_block"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "num_sequences", b"num_sequences", "num_used_units", b"num_used_units", "seconds_per_cached_token", b"seconds_per_cached_token", "tier", b"tier", "units_per_block", b"units_per_block"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from aptserve.v1 import types_pb2 as aptserve_dot_v1_dot_types__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61ptserve/v1/inference.proto\x12\x0b\x61ptserve.v1\x1a\x17\x61ptserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"]\n\nObjectives\x12\'\n\x04ttft\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03tbt\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.aptserve.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.aptserve.v1.SamplingParams\x12+\n\nobjectives\x18\x06 \x01(\x0b\x32\x17.aptserve.v1.Objectives\x12\x18\n\x10resume_token_ids\x18\x07 \x03(\rB\x08\n\x06prompt\"\x9f\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.aptserve.v1.StartedH\x00\x12.\n\x0btoken_chunk\x18\x02 \x01(\x0b\x32\x17.aptserve.v1.TokenChunkH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.aptserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"G\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\"^\n\nTokenChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.aptserve.v1.PositionLogprobs\"\xdf\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.aptserve.v1.FinishReason\x12\x1b\n\x13matched_stop_string\x18\x02 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.aptserve.v1.Usage\x12#\n\x06timing\x18\x05 \x01(\x0b\x32\x13.aptserve.v1.TimingB\x18\n\x16_matched_stop_token_id\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"\xea\x01\n\x06Timing\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17time_between_tokens_p99\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb8\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12%\n\x05tiers\x18\x07 \x03(\x0e\x32\x16.aptserve.v1.CacheTier\"1\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"<\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r2\xb8\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.aptserve.v1.GenerateRequest\x1a\x1d.aptserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.aptserve.v1.AbortRequest\x1a\x1a.aptserve.v1.AbortResponse\x12G\n\x08GetModel\x12\x1c.aptserve.v1.GetModelRequest\x1a\x1d.aptserve.v1.GetModelResponse\x12P\n\x0b\x43ountTokens\x12\x1f.aptserve.v1.CountTokensRequest\x1a .aptserve.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61ptserve/v1/inference.proto\x12\x0b\x61ptserve.v1\x1a\x17\x61ptserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\"]\n\nObjectives\x12\'\n\x04ttft\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03tbt\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd2\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.aptserve.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.aptserve.v1.SamplingParams\x12+\n\nobjectives\x18\x06 \x01(\x0b\x32\x17.aptserve.v1.Objectives\x12\x18\n\x10resume_token_ids\x18\x07 \x03(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12#\n\x16\x65xpected_output_tokens\x18\n \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06promptB\x19\n\x17_expected_output_tokens\"\x9f\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.aptserve.v1.StartedH\x00\x12.\n\x0btoken_chunk\x18\x02 \x01(\x0b\x32\x17.aptserve.v1.TokenChunkH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.aptserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"G\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\"^\n\nTokenChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.aptserve.v1.PositionLogprobs\"\xdf\x01\n\x08\x46inished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.aptserve.v1.FinishReason\x12\x1b\n\x13matched_stop_string\x18\x02 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.aptserve.v1.Usage\x12#\n\x06timing\x18\x05 \x01(\x0b\x32\x13.aptserve.v1.TimingB\x18\n\x16_matched_stop_token_id\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"\xea\x01\n\x06Timing\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17time_between_tokens_p99\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\r\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb8\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12%\n\x05tiers\x18\x07 \x03(\x0e\x32\x16.aptserve.v1.CacheTier\"1\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"<\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r2\xb8\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.aptserve.v1.GenerateRequest\x1a\x1d.aptserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.aptserve.v1.AbortRequest\x1a\x1a.aptserve.v1.AbortResponse\x12G\n\x08GetModel\x12\x1c.aptserve.v1.GetModelRequest\x1a\x1d.aptserve.v1.GetModelResponse\x12P\n\x0b\x43ountTokens\x12\x1f.aptserve.v1.CountTokensRequest\x1a .aptserve.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,31 +36,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OBJECTIVES']._serialized_start=101
   _globals['_OBJECTIVES']._serialized_end=194
   _globals['_GENERATEREQUEST']._serialized_start=197
-  _globals['_GENERATEREQUEST']._serialized_end=437
-  _globals['_GENERATERESPONSE']._serialized_start=440
-  _globals['_GENERATERESPONSE']._serialized_end=599
-  _globals['_STARTED']._serialized_start=601
-  _globals['_STARTED']._serialized_end=672
-  _globals['_TOKENCHUNK']._serialized_start=674
-  _globals['_TOKENCHUNK']._serialized_end=768
-  _globals['_FINISHED']._serialized_start=771
-  _globals['_FINISHED']._serialized_end=994
-  _globals['_USAGE']._serialized_start=996
-  _globals['_USAGE']._serialized_end=1057
-  _globals['_TIMING']._serialized_start=1060
-  _globals['_TIMING']._serialized_end=1294
-  _globals['_ABORTREQUEST']._serialized_start=1296
-  _globals['_ABORTREQUEST']._serialized_end=1331
-  _globals['_ABORTRESPONSE']._serialized_start=1333
-  _globals['_ABORTRESPONSE']._serialized_end=1377
-  _globals['_GETMODELREQUEST']._serialized_start=1379
-  _globals['_GETMODELREQUEST']._serialized_end=1411
-  _globals['_GETMODELRESPONSE']._serialized_start=1414
-  _globals['_GETMODELRESPONSE']._serialized_end=1598
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1600
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1649
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1651
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1711
-  _globals['_INFERENCESERVICE']._serialized_start=1714
-  _globals['_INFERENCESERVICE']._serialized_end=2026
+  _globals['_GENERATEREQUEST']._serialized_end=535
+  _globals['_GENERATERESPONSE']._serialized_start=538
+  _globals['_GENERATERESPONSE']._serialized_end=697
+  _globals['_STARTED']._serialized_start=699
+  _globals['_STARTED']._serialized_end=770
+  _globals['_TOKENCHUNK']._serialized_start=772
+  _globals['_TOKENCHUNK']._serialized_end=866
+  _globals['_FINISHED']._serialized_start=869
+  _globals['_FINISHED']._serialized_end=1092
+  _globals['_USAGE']._serialized_start=1094
+  _globals['_USAGE']._serialized_end=1155
+  _globals['_TIMING']._serialized_start=1158
+  _globals['_TIMING']._serialized_end=1392
+  _globals['_ABORTREQUEST']._serialized_start=1394
+  _globals['_ABORTREQUEST']._serialized_end=1429
+  _globals['_ABORTRESPONSE']._serialized_start=1431
+  _globals['_ABORTRESPONSE']._serialized_end=1475
+  _globals['_GETMODELREQUEST']._serialized_start=1477
+  _globals['_GETMODELREQUEST']._serialized_end=1509
+  _globals['_GETMODELRESPONSE']._serialized_start=1512
+  _globals['_GETMODELRESPONSE']._serialized_end=1696
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1698
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1747
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1749
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1809
+  _globals['_INFERENCESERVICE']._serialized_start=1812
+  _globals['_INFERENCESERVICE']._serialized_end=2124
 # @@protoc_insertion_point(module_scope)

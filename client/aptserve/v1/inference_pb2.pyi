@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Objectives(_message.Message):
-    """What a request is to be judged by. Unset fields take the service's defaults."""
+    """What a request is to be judged by."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -30,11 +30,15 @@ class Objectives(_message.Message):
     TBT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ttft(self) -> _duration_pb2.Duration:
-        """Time to first token, from the arrival of the request; > 0. Unset: the service's default."""
+        """Time to first token, from the arrival of the request; > 0. Unset: that of the metadata, else
+        the service's default.
+        """
 
     @_builtins.property
     def tbt(self) -> _duration_pb2.Duration:
-        """P99 of the times between tokens of this request; > 0. Unset: the service's default."""
+        """P99 of the times between tokens of this request; > 0. Unset: that of the metadata, else the
+        service's default.
+        """
 
     def __init__(
         self,
@@ -63,6 +67,9 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     OBJECTIVES_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, unique among the running requests, at most 128 characters.
     Empty: the service chooses one.
@@ -71,6 +78,18 @@ class GenerateRequest(_message.Message):
     """Name of the model. Empty: the served model. Any other name than that gives NOT_FOUND."""
     text: _builtins.str
     """Text, tokenised by the service. At least one character, at most 4 MiB."""
+    tenant: _builtins.str
+    """Whose request it is, for policies that share the service fairly among tenants. At most 128
+    printable characters. Empty: that of the metadata, else the default tenant.
+    """
+    priority: _builtins.int
+    """How urgent the request is: 0 is normal, higher is more urgent. In [-100, 100]. Each policy says
+    what it does with it.
+    """
+    expected_output_tokens: _builtins.int
+    """The caller's guess of the output length in tokens, resumed ones included; >= 1. A hint for
+    policies that predict; more than max_tokens means max_tokens. Unset: unknown.
+    """
     @_builtins.property
     def token_ids(self) -> _types_pb2.TokenIds:
         """Token ids, used as they are. At least one."""
@@ -100,13 +119,21 @@ class GenerateRequest(_message.Message):
         sampling: _types_pb2.SamplingParams | None = ...,
         objectives: Global___Objectives | None = ...,
         resume_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tenant: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        expected_output_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["objectives", b"objectives", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_output_tokens", b"_expected_output_tokens", "expected_output_tokens", b"expected_output_tokens", "objectives", b"objectives", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "objectives", b"objectives", "prompt", b"prompt", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_output_tokens", b"_expected_output_tokens", "expected_output_tokens", b"expected_output_tokens", "model", b"model", "objectives", b"objectives", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_output_tokens: _TypeAlias = _typing.Literal["expected_output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__expected_output_tokens: _TypeAlias = _typing.Literal["_expected_output_tokens", b"_expected_output_tokens"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_output_tokens) -> _WhichOneofReturnType__expected_output_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015

@@ -32,6 +32,12 @@ class InferenceServiceStub:
     NOT_FOUND (unknown model or request), ALREADY_EXISTS (request id in use), RESOURCE_EXHAUSTED
     (queue full, RetryInfo says when to try again), UNAVAILABLE (no worker, or draining),
     DEADLINE_EXCEEDED, UNAUTHENTICATED, INTERNAL.
+
+    Generate also reads metadata that gateways set; a field of the message that is set wins, and a
+    value that cannot be is INVALID_ARGUMENT naming the key:
+    x-llm-d-slo-ttft-ms             objectives.ttft as a decimal number of milliseconds, > 0
+    x-llm-d-slo-tpot-ms             objectives.tbt, likewise; held to as a P99, not as a mean
+    x-llm-d-inference-fairness-id   tenant
     """
 
     def __init__(self, channel):
@@ -69,6 +75,12 @@ class InferenceServiceServicer:
     NOT_FOUND (unknown model or request), ALREADY_EXISTS (request id in use), RESOURCE_EXHAUSTED
     (queue full, RetryInfo says when to try again), UNAVAILABLE (no worker, or draining),
     DEADLINE_EXCEEDED, UNAUTHENTICATED, INTERNAL.
+
+    Generate also reads metadata that gateways set; a field of the message that is set wins, and a
+    value that cannot be is INVALID_ARGUMENT naming the key:
+    x-llm-d-slo-ttft-ms             objectives.ttft as a decimal number of milliseconds, > 0
+    x-llm-d-slo-tpot-ms             objectives.tbt, likewise; held to as a P99, not as a mean
+    x-llm-d-inference-fairness-id   tenant
     """
 
     def Generate(self, request, context):
@@ -140,6 +152,12 @@ class InferenceService:
     NOT_FOUND (unknown model or request), ALREADY_EXISTS (request id in use), RESOURCE_EXHAUSTED
     (queue full, RetryInfo says when to try again), UNAVAILABLE (no worker, or draining),
     DEADLINE_EXCEEDED, UNAUTHENTICATED, INTERNAL.
+
+    Generate also reads metadata that gateways set; a field of the message that is set wins, and a
+    value that cannot be is INVALID_ARGUMENT naming the key:
+    x-llm-d-slo-ttft-ms             objectives.ttft as a decimal number of milliseconds, > 0
+    x-llm-d-slo-tpot-ms             objectives.tbt, likewise; held to as a P99, not as a mean
+    x-llm-d-inference-fairness-id   tenant
     """
 
     @staticmethod

@@ -33,6 +33,12 @@ class InferenceServiceStub:
     NOT_FOUND (unknown model or request), ALREADY_EXISTS (request id in use), RESOURCE_EXHAUSTED
     (queue full, RetryInfo says when to try again), UNAVAILABLE (no worker, or draining),
     DEADLINE_EXCEEDED, UNAUTHENTICATED, INTERNAL.
+
+    Generate also reads metadata that gateways set; a field of the message that is set wins, and a
+    value that cannot be is INVALID_ARGUMENT naming the key:
+      x-llm-d-slo-ttft-ms             objectives.ttft as a decimal number of milliseconds, > 0
+      x-llm-d-slo-tpot-ms             objectives.tbt, likewise; held to as a P99, not as a mean
+      x-llm-d-inference-fairness-id   tenant
     """
 
     @_typing.overload
@@ -61,6 +67,12 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     NOT_FOUND (unknown model or request), ALREADY_EXISTS (request id in use), RESOURCE_EXHAUSTED
     (queue full, RetryInfo says when to try again), UNAVAILABLE (no worker, or draining),
     DEADLINE_EXCEEDED, UNAUTHENTICATED, INTERNAL.
+
+    Generate also reads metadata that gateways set; a field of the message that is set wins, and a
+    value that cannot be is INVALID_ARGUMENT naming the key:
+      x-llm-d-slo-ttft-ms             objectives.ttft as a decimal number of milliseconds, > 0
+      x-llm-d-slo-tpot-ms             objectives.tbt, likewise; held to as a P99, not as a mean
+      x-llm-d-inference-fairness-id   tenant
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -85,6 +97,12 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     NOT_FOUND (unknown model or request), ALREADY_EXISTS (request id in use), RESOURCE_EXHAUSTED
     (queue full, RetryInfo says when to try again), UNAVAILABLE (no worker, or draining),
     DEADLINE_EXCEEDED, UNAUTHENTICATED, INTERNAL.
+
+    Generate also reads metadata that gateways set; a field of the message that is set wins, and a
+    value that cannot be is INVALID_ARGUMENT naming the key:
+      x-llm-d-slo-ttft-ms             objectives.ttft as a decimal number of milliseconds, > 0
+      x-llm-d-slo-tpot-ms             objectives.tbt, likewise; held to as a P99, not as a mean
+      x-llm-d-inference-fairness-id   tenant
     """
 
     @_abc_1.abstractmethod

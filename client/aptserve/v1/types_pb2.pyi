@@ -143,7 +143,9 @@ class SamplingParams(_message.Message):
     STOP_STRINGS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Most new tokens, >= 1. Unset: 256, or what the context leaves if that is less."""
+    """Most new tokens, >= 1. Unset: 256, or what the context and the largest worker's memory leave if
+    that is less.
+    """
     min_tokens: _builtins.int
     """New tokens before an end-of-sequence or stop token may be chosen. Unset: 0."""
     temperature: _builtins.float

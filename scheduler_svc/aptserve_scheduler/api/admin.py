@@ -12,7 +12,7 @@ import structlog
 from aptserve.errors import InvalidArgumentError
 from aptserve.v1 import admin_pb2, admin_pb2_grpc
 
-from aptserve_scheduler.api.wire import TIER_TO_PROTO, to_duration
+from aptserve_scheduler.api.wire import TIER_TO_PROTO, cost_to_proto, to_duration
 from aptserve_scheduler.config import SchedulerSettings
 from aptserve_scheduler.core import BatchPlan, Totals, WorkerId, WorkerSnapshot
 from aptserve_scheduler.driver import Driver
@@ -94,7 +94,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         return admin_pb2.DrainResponse(num_unfinished=num_unfinished)
 
     def _worker_status(self, worker: WorkerSnapshot) -> admin_pb2.WorkerStatus:
-        port = self._driver.workers[worker.worker_id].port
+        attached = self._driver.workers[worker.worker_id]
+        port, spec = attached.port, attached.spec
+        exact = {tier.tier: tier.exact for tier in spec.tiers}
         seconds = worker.cost.seconds_per_cached_token
         return admin_pb2.WorkerStatus(
             worker_id=worker.worker_id,
@@ -110,6 +112,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     num_used_units=tier.num_used_units,
                     num_sequences=tier.num_sequences,
                     seconds_per_cached_token=seconds.get(tier.tier, 0.0),
+                    exact=exact[tier.tier],
                 )
                 for tier in worker.tiers
             ],
@@ -117,6 +120,9 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             num_steps=worker.num_steps,
             gap_share=worker.gap_share,
             resident_bytes=port.resident_bytes,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            calibration=cost_to_proto(worker.cost),
         )
 
 

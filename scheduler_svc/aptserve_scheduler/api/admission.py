@@ -14,6 +14,7 @@ from aptserve.errors import (
     NotFoundError,
     UnavailableError,
 )
+from aptserve.hints import Hints
 from aptserve.sampling import (
     DEFAULT_MAX_TOKENS,
     MAX_LOGIT_BIAS,
@@ -24,6 +25,7 @@ from aptserve.sampling import (
 from aptserve.v1 import inference_pb2, types_pb2
 from google.protobuf import duration_pb2
 
+from aptserve_scheduler.api.headers import RequestHeaders
 from aptserve_scheduler.api.wire import check_id
 from aptserve_scheduler.core.types import (
     FinishReason,
@@ -67,13 +69,23 @@ class Admission:
         self._defaults = defaults
         self._is_accepting = is_accepting
 
-    async def admit(self, request: inference_pb2.GenerateRequest) -> Admitted:
-        """Check everything and tokenise. Raises errors that name the field by its path."""
+    async def admit(
+        self,
+        request: inference_pb2.GenerateRequest,
+        headers: RequestHeaders,
+        longest_request: Callable[[], int | None],
+    ) -> Admitted:
+        """Check everything and tokenise. Raises errors that name the field by its path.
+
+        ``longest_request``: most tokens, prompt and output, that any worker can hold; ``None``
+        without a worker.
+        """
         arrival = time.monotonic()
         self.check_accepting()
         model = self.find_model(request.model)
         request_id = _request_id(request.request_id)
-        objectives = self._objectives(request.objectives)
+        objectives = self._objectives(request.objectives, headers)
+        hints = _hints(request, headers)
         _check_lengths(request.sampling)
         params = SamplingParams.from_proto(request.sampling)
         params.validate(vocab_size=model.vocab_size)
@@ -81,7 +93,12 @@ class Admission:
             require_codec(model)
         resumed = _check_tokens("resume_token_ids", request.resume_token_ids, model)
         prompt = await self._prompt(request, model)
-        max_tokens = _max_tokens(params, model.context_length - len(prompt) + 1)
+        limit = DEFAULT_MAX_TOKENS
+        if params.max_tokens is None and (longest := longest_request()) is not None:
+            # A length that nobody asked for is cut to the memory; what does not fit even then, or
+            # was asked for, is for the core to refuse.
+            limit = min(limit, max(longest - len(prompt), len(resumed), 1))
+        max_tokens = _max_tokens(params, model.context_length - len(prompt) + 1, limit)
         if len(resumed) > max_tokens:
             raise InvalidArgumentError(
                 "resume_token_ids", f"{len(resumed)} tokens are more than max_tokens, {max_tokens}"
@@ -93,6 +110,9 @@ class Admission:
             objectives=objectives,
             sampling=_complete(request.sampling, max_tokens),
             resume_token_ids=resumed,
+            tenant=hints.tenant,
+            priority=hints.priority,
+            expected_output_tokens=_at_most(hints.expected_output_tokens, max_tokens),
         )
         output_text, replayed = await self._replay(model.codec, spec, params)
         stream = RequestStream(
@@ -150,10 +170,13 @@ class Admission:
             )
         return tokens
 
-    def _objectives(self, message: inference_pb2.Objectives) -> Objectives:
+    def _objectives(self, message: inference_pb2.Objectives, headers: RequestHeaders) -> Objectives:
+        """The message's, else the metadata's, else the service's."""
         return Objectives(
-            ttft_seconds=_seconds(message, "ttft", self._defaults.ttft_seconds),
-            tbt_seconds=_seconds(message, "tbt", self._defaults.tbt_seconds),
+            ttft_seconds=_seconds(
+                message, "ttft", headers.ttft_seconds or self._defaults.ttft_seconds
+            ),
+            tbt_seconds=_seconds(message, "tbt", headers.tbt_seconds or self._defaults.tbt_seconds),
         )
 
     async def _replay(
@@ -215,13 +238,28 @@ def _seconds(message: inference_pb2.Objectives, name: str, default: float) -> fl
     return seconds
 
 
-def _max_tokens(params: SamplingParams, room: int) -> int:
+def _hints(request: inference_pb2.GenerateRequest, headers: RequestHeaders) -> Hints:
+    has_guess = request.HasField("expected_output_tokens")
+    hints = Hints(
+        tenant=request.tenant or headers.tenant,
+        priority=request.priority,
+        expected_output_tokens=request.expected_output_tokens if has_guess else None,
+    )
+    hints.validate()
+    return hints
+
+
+def _at_most(guess: int | None, limit: int) -> int | None:
+    return None if guess is None else min(guess, limit)
+
+
+def _max_tokens(params: SamplingParams, room: int, default: int) -> int:
     """Output tokens allowed; the last one need not fit, as it is never fed back."""
     if params.max_tokens is not None and params.max_tokens > room:
         raise InvalidArgumentError(
             "sampling.max_tokens", f"is {params.max_tokens}, but the context leaves {room}"
         )
-    max_tokens = params.max_tokens or min(DEFAULT_MAX_TOKENS, room)
+    max_tokens = params.max_tokens or min(default, room)
     if params.min_tokens > max_tokens:
         raise InvalidArgumentError("sampling.min_tokens", f"must be in [0, {max_tokens}]")
     return max_tokens

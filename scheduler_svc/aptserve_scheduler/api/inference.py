@@ -10,6 +10,7 @@ from aptserve.errors import InvalidArgumentError
 from aptserve.v1 import inference_pb2, inference_pb2_grpc
 
 from aptserve_scheduler.api.admission import Admission, Admitted
+from aptserve_scheduler.api.headers import RequestHeaders
 from aptserve_scheduler.api.wire import REASON_TO_PROTO, TIER_TO_PROTO, to_duration
 from aptserve_scheduler.core.types import RequestId
 from aptserve_scheduler.driver import Driver
@@ -30,7 +31,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Started, TokenChunks, Finished."""
         structlog.contextvars.bind_contextvars(request_id=request.request_id[:128])
-        admitted = await self._admission.admit(request)
+        headers = RequestHeaders.from_metadata(context.invocation_metadata() or ())
+        admitted = await self._admission.admit(request, headers, self._longest_request)
         stream = admitted.stream
         structlog.contextvars.bind_contextvars(request_id=stream.request_id)
         if admitted.end is not None:
@@ -79,6 +81,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         model = self._admission.find_model(request.model)
         token_ids = await self._admission.encode(request.text, model)
         return inference_pb2.CountTokensResponse(num_tokens=len(token_ids), token_ids=token_ids)
+
+    def _longest_request(self) -> int | None:
+        """Tokens, prompt and output, that the empty pool of the largest worker can hold."""
+        workers = self._driver.snapshot().workers
+        return max((worker.max_request_tokens for worker in workers), default=None)
 
 
 def _started(admitted: Admitted) -> inference_pb2.GenerateResponse:

@@ -126,6 +126,20 @@ def _cost(calibration: worker_pb2.Calibration) -> CostCoefficients:
     return CostCoefficients(seconds_per_cached_token=tiers, **values)
 
 
+def cost_to_proto(cost: CostCoefficients) -> worker_pb2.Calibration:
+    """The message of an estimate, tiers in the order of their numbers."""
+    return worker_pb2.Calibration(
+        base_seconds=cost.base_seconds,
+        seconds_per_token=cost.seconds_per_token,
+        seconds_per_sequence=cost.seconds_per_sequence,
+        seconds_per_attention_pair=cost.seconds_per_attention_pair,
+        tiers=[
+            worker_pb2.TierSeconds(tier=TIER_TO_PROTO[tier], seconds_per_cached_token=seconds)
+            for tier, seconds in sorted(cost.seconds_per_cached_token.items())
+        ],
+    )
+
+
 def plan_to_proto(plan: BatchPlan) -> worker_pb2.AttachResponse:
     """A plan for its worker."""
     return worker_pb2.AttachResponse(

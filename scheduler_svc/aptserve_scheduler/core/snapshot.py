@@ -29,6 +29,8 @@ class WorkerSnapshot:
     num_units: int
     num_used_units: int
     block_size: int
+    max_request_tokens: int
+    """Longest request, prompt and output, that the empty pool can hold."""
     num_running: int
     tiers: tuple[TierSnapshot, ...]
     num_plans_in_flight: int
@@ -72,6 +74,7 @@ def _worker_snapshot(state: State, worker: WorkerState) -> WorkerSnapshot:
         num_units=worker.spec.num_units,
         num_used_units=worker.ledger.num_used,
         block_size=worker.spec.block_size,
+        max_request_tokens=worker.max_request_tokens,
         num_running=len(slots),
         tiers=tuple(
             TierSnapshot(

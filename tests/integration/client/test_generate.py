@@ -122,6 +122,9 @@ async def test_request_carries_all_arguments(api: Any, service: FakeService) -> 
         model="fake",
         timeout=7,
         resume_token_ids=list(b"the"),
+        tenant="team",
+        priority=-3,
+        expected_output_tokens=4,
     )
     request = service.requests[0]
     assert list(request.token_ids.ids) == [1, 2]
@@ -131,6 +134,7 @@ async def test_request_carries_all_arguments(api: Any, service: FakeService) -> 
     assert request.objectives.tbt.nanos == 250_000_000
     assert (request.request_id, request.model) == ("mine", "fake")
     assert bytes(request.resume_token_ids) == b"the"
+    assert (request.tenant, request.priority, request.expected_output_tokens) == ("team", -3, 4)
     assert service.time_remaining[0] is not None
     assert 5 < service.time_remaining[0] < 8
 

@@ -11,7 +11,9 @@ import aptserve
 import pytest
 from aptserve import FinishReason, Tier
 from aptserve_scheduler.config import SchedulerSettings
+from aptserve_scheduler.core import RequestSpec
 from aptserve_scheduler.service import SchedulerService
+from aptserve_scheduler.stream import RequestStream
 from aptserve_worker.fake import FakeModel, FakeWorker, Fault, FaultKind, expected_tokens
 from aptserve_worker.plan import Sampling
 from support.eventually import eventually
@@ -84,6 +86,24 @@ async def test_many_requests_in_a_small_pool(make_api: Any, depth: int) -> None:
         assert all(list(result.token_ids) == expected() for result in results)
         await eventually(lambda: is_idle(scheduler, worker))
         worker.engine.check_integrity()
+
+
+async def test_hints_reach_the_core(
+    make_api: Any, scheduler: SchedulerService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: list[RequestSpec] = []
+    submit = scheduler.driver.submit
+
+    def record(spec: RequestSpec, stream: RequestStream) -> None:
+        specs.append(spec)
+        submit(spec, stream)
+
+    monkeypatch.setattr(scheduler.driver, "submit", record)
+    async with FakeWorker(scheduler.address):
+        hints = {"tenant": "team", "priority": 5, "expected_output_tokens": 3}
+        await make_api(scheduler.address).call("complete", PROMPT, max_tokens=4, **hints)
+    [spec] = specs
+    assert {name: getattr(spec, name) for name in hints} == hints
 
 
 async def test_stop_rules(make_api: Any, scheduler: SchedulerService) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aptserve.errors import InvalidArgumentError, NotFoundError
-from aptserve.v1 import admin_pb2, inference_pb2, types_pb2
+from aptserve.v1 import admin_pb2, inference_pb2, types_pb2, worker_pb2
 from support.commands import Cli
 from support.fake_service import ANSWER, FakeService, chunk, fail, started
 
@@ -20,8 +20,16 @@ def make_status() -> admin_pb2.GetStatusResponse:
     tier = admin_pb2.TierStatus(
         tier=types_pb2.CACHE_TIER_HIDDEN, units_per_block=1, num_used_units=3, num_sequences=2
     )
+    speed = worker_pb2.TierSeconds(tier=types_pb2.CACHE_TIER_HIDDEN, seconds_per_cached_token=0.125)
     worker = admin_pb2.WorkerStatus(
-        worker_id="worker-0", device="cpu", num_units=12, num_used_units=3, tiers=[tier]
+        worker_id="worker-0",
+        device="cpu",
+        num_units=12,
+        num_used_units=3,
+        tiers=[tier],
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        calibration=worker_pb2.Calibration(base_seconds=0.5, tiers=[speed]),
     )
     return admin_pb2.GetStatusResponse(
         version="1.2.3", policy="apt", accepting=True, model="tiny", workers=[worker], num_waiting=7
@@ -36,7 +44,9 @@ def test_generate_prints_the_answer(cli: Cli, service: FakeService) -> None:
 def test_generate_sends_what_the_flags_say(cli: Cli, service: FakeService) -> None:
     flags = "--max-tokens 3 --temperature 0.5 --top-k 4 --seed 5 --stop a --stop b --ignore-eos"
     times = "--ttft 250ms --tbt 2s --timeout 1m --api-key secret -m fake"
-    cli("generate", "x", "-a", service.address, *flags.split(), *times.split())
+    hints = "--tenant team --priority -3 --expected-output-tokens 2"
+    flags = f"{flags} {times} {hints}"
+    cli("generate", "x", "-a", service.address, *flags.split())
     (request,) = service.requests
     sampling = request.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_k) == (3, 0.5, 4)
@@ -48,6 +58,7 @@ def test_generate_sends_what_the_flags_say(cli: Cli, service: FakeService) -> No
     assert request.objectives.ttft.ToMilliseconds() == 250
     assert request.objectives.tbt.ToSeconds() == 2
     assert request.model == "fake"
+    assert (request.tenant, request.priority, request.expected_output_tokens) == ("team", -3, 2)
     assert service.metadata[0]["authorization"] == "Bearer secret"
 
 
@@ -82,6 +93,13 @@ def test_generate_refuses_input_that_is_no_text(
     [
         (NotFoundError("no model big"), 1, "aptserve: no model big"),
         (InvalidArgumentError("sampling.max_tokens", "too many"), 2, "aptserve: --max-tokens: too"),
+        (InvalidArgumentError("priority", "no"), 2, "aptserve: --priority: no"),
+        (InvalidArgumentError("tenant", "no"), 2, "aptserve: --tenant: no"),
+        (
+            InvalidArgumentError("expected_output_tokens", "no"),
+            2,
+            "aptserve: --expected-output-tokens: no",
+        ),
     ],
 )
 def test_a_refusal_is_one_line(
@@ -149,7 +167,16 @@ def test_status_without_workers_says_so(cli: Cli, service: FakeService) -> None:
 def test_status_as_json(cli: Cli, service: FakeService) -> None:
     service.responses["GetStatus"] = make_status()
     status = json.loads(cli("status", "--json", "-a", service.address).out)
-    assert status["workers"][0]["tiers"][0]["tier"] == "hidden"
+    (worker,) = status["workers"]
+    assert worker["tiers"][0]["tier"] == "hidden"
+    assert (worker["max_num_seqs"], worker["max_num_batched_tokens"]) == (8, 64)
+    assert worker["calibration"] == {
+        "base_seconds": 0.5,
+        "seconds_per_token": 0.0,
+        "seconds_per_sequence": 0.0,
+        "seconds_per_attention_pair": 0.0,
+        "tiers": [{"tier": "hidden", "seconds_per_cached_token": 0.125}],
+    }
 
 
 def make_plan(plan_id: int) -> admin_pb2.WatchPlansResponse:

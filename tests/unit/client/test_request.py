@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from aptserve import InvalidArgumentError, Objectives, SamplingParams
 from aptserve._request import MAX_TEXT_BYTES, build_request
+from aptserve.hints import Hints
 from aptserve.v1 import inference_pb2
 
 
@@ -18,6 +19,7 @@ def build(prompt: str | None = "prompt", **fields: Any) -> inference_pb2.Generat
         "resume_token_ids",
     )
     arguments: dict[str, Any] = {name: fields.pop(name, None) for name in names}
+    arguments["hints"] = fields.pop("hints", Hints())
     return build_request(prompt, options=fields, **arguments)  # type: ignore[arg-type]
 
 
@@ -43,6 +45,13 @@ def build(prompt: str | None = "prompt", **fields: Any) -> inference_pb2.Generat
         ({"sampling": SamplingParams(top_p=0.0)}, "sampling.top_p"),
         ({"objectives": Objectives(ttft_seconds=0)}, "objectives.ttft"),
         ({"objectives": Objectives(tbt_seconds=float("inf"))}, "objectives.tbt"),
+        ({"hints": Hints(tenant="x" * 129)}, "tenant"),
+        ({"hints": Hints(tenant="a\nb")}, "tenant"),
+        ({"hints": Hints(tenant="\ud800")}, "tenant"),
+        ({"hints": Hints(priority=101)}, "priority"),
+        ({"hints": Hints(priority=-101)}, "priority"),
+        ({"hints": Hints(expected_output_tokens=0)}, "expected_output_tokens"),
+        ({"hints": Hints(expected_output_tokens=2**32)}, "expected_output_tokens"),
     ],
 )
 def test_wrong_arguments_are_refused_before_sending(fields: dict[str, Any], field: str) -> None:
@@ -76,6 +85,12 @@ def test_partial_objectives() -> None:
     objectives = build(objectives=Objectives(tbt_seconds=1.25)).objectives
     assert not objectives.HasField("ttft")
     assert (objectives.tbt.seconds, objectives.tbt.nanos) == (1, 250_000_000)
+
+
+def test_hints() -> None:
+    request = build(hints=Hints("team", -100, 7))
+    assert (request.tenant, request.priority) == ("team", -100)
+    assert request.expected_output_tokens == 7
 
 
 def test_text_of_the_largest_size_passes() -> None:

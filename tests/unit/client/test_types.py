@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aptserve import _wire, types
-from aptserve.v1 import admin_pb2, inference_pb2
+from aptserve.v1 import admin_pb2, inference_pb2, worker_pb2
 from google.protobuf import duration_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -95,6 +95,8 @@ def test_no_field_is_lost(kind: type[Message], convert: Any) -> None:
         (admin_pb2.GetStatusResponse.DESCRIPTOR, types.Status),
         (admin_pb2.WorkerStatus.DESCRIPTOR, types.WorkerStatus),
         (admin_pb2.TierStatus.DESCRIPTOR, types.TierStatus),
+        (worker_pb2.Calibration.DESCRIPTOR, types.Calibration),
+        (worker_pb2.TierSeconds.DESCRIPTOR, types.TierSeconds),
         (admin_pb2.Totals.DESCRIPTOR, types.Totals),
         (admin_pb2.PlannedRequest.DESCRIPTOR, types.PlannedRequest),
         (inference_pb2.Usage.DESCRIPTOR, types.Usage),

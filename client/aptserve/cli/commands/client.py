@@ -11,6 +11,7 @@ from aptserve.cli import options as opt
 _SAMPLING = "Sampling"
 _ENDING = "Ending"
 _OBJECTIVES = "Objectives"
+_SCHEDULING = "Scheduling"
 
 
 def generate(
@@ -146,6 +147,35 @@ def generate(
             panel=_OBJECTIVES,
         ),
     ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            "--tenant",
+            metavar="NAME",
+            show_default="the default one",
+            help="Whose request it is, for policies that share the service fairly.",
+            rich_help_panel=_SCHEDULING,
+        ),
+    ] = None,
+    priority: Annotated[
+        int,
+        typer.Option(
+            "--priority",
+            metavar="NUMBER",
+            help="-100 to 100; higher is more urgent. What comes of it is up to the policy.",
+            rich_help_panel=_SCHEDULING,
+        ),
+    ] = 0,
+    expected_output_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--expected-output-tokens",
+            metavar="COUNT",
+            show_default="unknown",
+            help="Your guess of the answer's length, for policies that predict.",
+            rich_help_panel=_SCHEDULING,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -171,6 +201,7 @@ def generate(
     """
     from aptserve import Objectives, SamplingParams
     from aptserve.cli.generation import GenerateOptions, run_generate
+    from aptserve.hints import Hints
 
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -193,6 +224,7 @@ def generate(
             objectives=Objectives(ttft_seconds=ttft, tbt_seconds=tbt),
             model=model,
             timeout_seconds=timeout,
+            hints=Hints(tenant or "", priority, expected_output_tokens),
             json=json,
         ),
         address=address,
