@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from aptserve_scheduler.policies.registry import policy_names
+from aptserve_scheduler.policies.registry import create_policy, policy_names
 
 _ENV_PREFIX = "APTSERVE_SCHEDULER_"
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -62,6 +62,10 @@ class SchedulerSettings(BaseSettings):
     def _check_policy(cls, value: str) -> str:
         if value not in policy_names():
             raise ValueError(f"must be one of {', '.join(policy_names())}")
+        try:
+            create_policy(value)
+        except ImportError as error:  # a solver that is not installed
+            raise ValueError(str(error)) from None
         return value
 
     @field_validator("api_key", "join_token")

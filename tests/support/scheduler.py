@@ -1,4 +1,4 @@
-"""Builders for scheduler tests, a worker that checks every plan it gets, and an exact knapsack."""
+"""Builders for scheduler tests, and a worker that checks every plan it gets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 from aptserve_scheduler.core import (
     BatchPlan,
     CostCoefficients,
@@ -31,7 +30,6 @@ from aptserve_scheduler.core import (
     WorkerSpec,
 )
 from aptserve_scheduler.policies import Policy, create_policy
-from aptserve_scheduler.policies.greedy import Knapsack
 
 KV = TierSpec(Tier.KV, units_per_block=2)
 HIDDEN = TierSpec(Tier.HIDDEN, units_per_block=1)
@@ -188,6 +186,7 @@ class CheckingWorker:
             self.sequences[new.sequence_id] = _Sequence(
                 list(new.token_ids), new.num_prompt_tokens, new.max_tokens, new.tier
             )
+        assert len(self.sequences) <= self.spec.max_num_seqs, "more sequences than rows"
 
     def _compute(self, entry: ScheduledSequence, sequence: _Sequence) -> list[SequenceOutput]:
         assert entry.num_computed_tokens == sequence.num_computed
@@ -313,18 +312,3 @@ def expected_tokens(spec: RequestSpec) -> list[int]:
     while len(token_ids) - num_prompt < spec.max_tokens:
         token_ids.append(next_token(token_ids, num_prompt))
     return token_ids[num_prompt + len(spec.resume_token_ids) :]
-
-
-def best_worth(knapsack: Knapsack) -> float:
-    """Exact optimum of a knapsack whose only limit is units, by dynamic programming over units."""
-    capacity = knapsack.capacity[0]
-    best = np.zeros(capacity + 1)
-    for values, units in zip(knapsack.values.T, knapsack.needs[0].T, strict=True):
-        options = [best]
-        for value, size in zip(values.tolist(), units.tolist(), strict=True):
-            if value > 0 and size <= capacity:
-                shifted = np.full(capacity + 1, -np.inf)
-                shifted[size:] = best[: capacity + 1 - size] + value
-                options.append(shifted)
-        best = np.max(options, axis=0)
-    return float(best[capacity])

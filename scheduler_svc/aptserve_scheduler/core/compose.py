@@ -40,6 +40,7 @@ def compose(state: State, worker: WorkerState, decision: Decision, now: float) -
     table, slots = state.table, decision.slots
     is_new = table.status[slots] == Status.WAITING
     _check_requests(state, worker, decision, is_new)
+    _check_residents(worker, decision, is_new)
     _check_tiers(state, worker, decision, is_new)
     starts = table.num_computed[slots]
     ends = starts + decision.num_tokens
@@ -106,6 +107,17 @@ def _check_requests(state: State, worker: WorkerState, decision: Decision, is_ne
     remaining = length - table.num_computed[slots]
     if ((decision.num_tokens < 1) | (decision.num_tokens > remaining)).any():
         raise PolicyError("a request is given no token or more than it has left")
+
+
+def _check_residents(worker: WorkerState, decision: Decision, is_new: Bools) -> None:
+    """A worker has a row for each sequence that holds memory, whether or not it is in the batch."""
+    num_new = int(np.count_nonzero(is_new))
+    num_residents = len(worker.running) - len(decision.preempted) + num_new
+    if num_residents > worker.spec.max_num_seqs:
+        raise PolicyError(
+            f"{num_residents} requests would hold memory with {num_new} new ones, "
+            f"the limit is {worker.spec.max_num_seqs}"
+        )
 
 
 def _check_tiers(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:

@@ -105,7 +105,7 @@ def enter_run(
     total = float(ends[-1]) - now
     worker.step_seconds += total
     state.totals.num_output_tokens += num_steps * len(slots)
-    if policy.needs_history:
+    if policy.follows_service:
         tokens = np.full(len(slots), num_steps)
         policy.served(Service(slots, tokens, tokens, total, float(ends[-1])))
 

@@ -57,14 +57,15 @@ def match_result(state: State, worker: WorkerState, result: StepResult) -> Match
     if np.any(skipped & live):
         raise ProtocolViolation(f"plan {plan.plan_id}: a sequence that has not ended was skipped")
     failed = [(entries[failure.sequence_id], failure.message) for failure in result.failures]
+    is_live = live.tolist()
     match = Match(
         outputs=[
             (entry, output)
             for output in result.outputs
-            if live[entry := entries[output.sequence_id]]
+            if is_live[entry := entries[output.sequence_id]]
         ],
         skipped=skipped,
-        failed=[(entry, message) for entry, message in failed if live[entry]],
+        failed=[(entry, message) for entry, message in failed if is_live[entry]],
     )
     _check_outputs(state, plan, result, match, live)
     return match
@@ -106,6 +107,7 @@ def _check_outputs(
             f"{'a' if answered[entry] else 'no'} token"
         )
     room = (table.max_total[plan.slots] - known).tolist()
+    abort = FinishReason.ABORT  # looking it up takes longer than the rest of the loop's body
     for entry, output in match.outputs:
         num_tokens = len(output.token_ids)
         if num_tokens > room[entry] or (num_tokens == 0 and output.finish_reason is None):
@@ -113,7 +115,7 @@ def _check_outputs(
                 f"plan {plan.plan_id}: sequence {output.sequence_id} gave {num_tokens} tokens, "
                 f"at most {room[entry]} are left"
             )
-        if output.finish_reason is FinishReason.ABORT:
+        if output.finish_reason is abort:
             raise ProtocolViolation(f"sequence {output.sequence_id} was aborted by the worker")
 
 
@@ -156,25 +158,27 @@ def enter_result(
 ) -> list[Event]:
     """Enter a checked answer in the books; returns what happened to the requests, in plan order."""
     plan = worker.in_flight.popleft()
-    if policy.needs_history:
+    if policy.follows_service:
         policy.served(_service(state, plan, result, match, now))
     _note_speed(worker, plan, result, match)
     _note_tokens(state, plan, match, now)
     table = state.table
+    slots = plan.slots.tolist()
+    is_full = (table.num_known[plan.slots] >= table.max_total[plan.slots]).tolist()
     events: list[Event] = []
     for entry, output in match.outputs:
-        slot = int(plan.slots[entry])
+        slot = slots[entry]
         if output.token_ids:
             events.append(
                 TokensAppended(table.request_ids[slot], output.token_ids, output.logprobs)
             )
         reason = output.finish_reason
-        if reason is None and table.num_known[slot] >= table.max_total[slot]:
+        if reason is None and is_full[entry]:
             reason = FinishReason.LENGTH
         if reason is not None:
             events.append(state.end(slot, now, reason))
     for entry, message in match.failed:
-        events.append(state.end(int(plan.slots[entry]), now, None, message))
+        events.append(state.end(slots[entry], now, None, message))
     table.return_from_flight(plan.slots)
     return events
 

@@ -24,6 +24,7 @@ Choices the paper leaves open:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,9 @@ from aptserve_scheduler.policies.common import (
 )
 from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack, solve
 
+Solver = Callable[[Knapsack], Ints]
+"""From a knapsack to a choice within its limits; :func:`greedy.solve` is one."""
+
 ALMOST_NOTHING = 1e-6
 """Factor on the value of a request that missed its objectives; order among the missed is kept."""
 _NUM_TIER_NUMBERS = 128
@@ -60,6 +64,9 @@ class AptPolicy(Policy):
 
     name = "apt"
 
+    def __init__(self, solver: Solver = solve) -> None:
+        self._solver = solver
+
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
         """All of them."""
         return tiers
@@ -69,7 +76,7 @@ class AptPolicy(Policy):
         view = _View.of(problem)
         kinds = (_prefill, _decode) if view.prefers_prefill else (_decode, _prefill)
         for kind in kinds:
-            decision = kind(problem, view)
+            decision = kind(problem, view, self._solver)
             if decision is not None:
                 return decision
         return make_room_for_oldest(problem)
@@ -175,10 +182,10 @@ def _values(
     return values
 
 
-def _prefill(problem: BatchProblem, view: _View) -> Decision | None:
+def _prefill(problem: BatchProblem, view: _View, solver: Solver) -> Decision | None:
     waiting, running = problem.waiting, problem.running
     going_on = continue_prefills(problem)
-    chosen, tiers = _choose_waiting(problem, view, going_on)
+    chosen, tiers = _choose_waiting(problem, view, going_on, solver)
     if len(chosen) + len(going_on.rows) == 0:
         return None
     new_tokens = np.minimum(waiting.num_tokens[chosen], problem.max_num_batched_tokens)
@@ -196,7 +203,7 @@ def _prefill(problem: BatchProblem, view: _View) -> Decision | None:
 
 
 def _choose_waiting(
-    problem: BatchProblem, view: _View, going_on: Continuation
+    problem: BatchProblem, view: _View, going_on: Continuation, solver: Solver
 ) -> tuple[Ints, Tiers]:
     """Rows of ``waiting`` to start, earliest arrival first, and their tiers."""
     waiting = problem.waiting
@@ -222,7 +229,7 @@ def _choose_waiting(
         np.broadcast_to(num_tokens, values.shape),
         np.broadcast_to(one_seat, values.shape),
     )
-    choice = solve(Knapsack(values, needs, (room, going_on.num_tokens_left, seats)))
+    choice = solver(Knapsack(values, needs, (room, going_on.num_tokens_left, seats)))
     chosen = indices(choice != NOT_CHOSEN)
     return chosen, numbers[choice[chosen]]
 
@@ -236,12 +243,12 @@ def _by_size(problem: BatchProblem) -> list[TierSpec]:
     return [fastest[size] for size in sorted(fastest)]
 
 
-def _decode(problem: BatchProblem, view: _View) -> Decision | None:
+def _decode(problem: BatchProblem, view: _View, solver: Solver) -> Decision | None:
     running, ready = problem.running, view.ready
     if not len(ready):
         return None
     room = problem.num_units - int(running.num_units.sum() - running.num_units[ready].sum())
-    is_chosen, tiers, num_units = _choose_running(problem, view, room)
+    is_chosen, tiers, num_units = _choose_running(problem, view, room, solver)
     chosen, idle = ready[is_chosen], ready[~is_chosen]
     if not len(chosen):
         return None
@@ -261,7 +268,9 @@ def _decode(problem: BatchProblem, view: _View) -> Decision | None:
     )
 
 
-def _choose_running(problem: BatchProblem, view: _View, room: int) -> tuple[Bools, Tiers, int]:
+def _choose_running(
+    problem: BatchProblem, view: _View, room: int, solver: Solver
+) -> tuple[Bools, Tiers, int]:
     """Which of the ready rows to decode; the tiers of those, and the units they will hold.
 
     Two options each: the tier held, and for hidden ones KV.
@@ -284,11 +293,11 @@ def _choose_running(problem: BatchProblem, view: _View, room: int) -> tuple[Bool
     needs = (num_units, one_seat, num_units - num_units[0])
     seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
     spare = max(0, room - int(num_units[0].sum()) - view.headroom)
-    choice = solve(Knapsack(values, needs, (room, seats, spare)))
+    choice = solver(Knapsack(values, needs, (room, seats, spare)))
     if (choice == NOT_CHOSEN).all():
         # Hidden caches that are not worth their time and cannot be promoted: better slow than not.
         held_only = Knapsack(pending[None], tuple(need[:1] for need in needs), (room, seats, spare))
-        choice = solve(held_only)
+        choice = solver(held_only)
     is_chosen = choice != NOT_CHOSEN
     rows = indices(is_chosen)
     options = choice[rows]

@@ -175,10 +175,15 @@ class Policy(ABC):
     name: str
     """Name in the registry."""
     needs_history: bool = False
-    """Whether ``arrived``, ``served`` and ``ended`` are to be called."""
+    """Whether ``arrived`` and ``ended`` are to be called, and ``served`` if it is overridden."""
     is_oracle: bool = False
     """Whether the policy takes ``expected_output_tokens`` for the truth; a simulator, which knows
     it, then fills it in."""
+
+    @property
+    def follows_service(self) -> bool:
+        """Whether ``served`` is to be called: with ``needs_history``, if the policy has its own."""
+        return self.needs_history and type(self).served is not Policy.served
 
     @abstractmethod
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
@@ -215,10 +220,18 @@ def decodes_everyone(problem: BatchProblem, decision: Decision) -> bool:
 
     What :meth:`Policy.repeats` comes down to for most policies.
     """
+    return not len(problem.waiting) and decodes_all_running(problem, decision)
+
+
+def decodes_all_running(problem: BatchProblem, decision: Decision) -> bool:
+    """Whether each running request is chosen for one token, as it is, whoever waits.
+
+    Enough for a policy that admits by order of arrival and memory alone: who does not fit now
+    will not while the others grow.
+    """
     running = problem.running
     return (
-        not len(problem.waiting)
-        and len(decision.slots) == len(running)
+        len(decision.slots) == len(running)
         and bool((running.num_remaining_tokens == 1).all())
         and bool((decision.tiers == running.tiers).all())
     )

@@ -34,7 +34,7 @@ from aptserve_scheduler.policies.base import (
     Decision,
     Ints,
     Policy,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
@@ -70,8 +70,8 @@ class ChunkedPolicy(Policy):
         return chunked_batch(problem, in_arrival_order, self.config.token_budget)
 
     def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes."""
-        return decodes_everyone(problem, decision)
+        """When all running decode: who waits does not fit, and what is free only shrinks."""
+        return decodes_all_running(problem, decision)
 
 
 def chunked_batch(problem: BatchProblem, candidates: Ints, token_budget: int) -> Decision | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
-from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, decodes_everyone
+from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, decodes_all_running
 from aptserve_scheduler.policies.common import continue_prefills, indices, make_room_for_oldest
 
 WATERMARK = 0.01
@@ -36,8 +36,8 @@ class FcfsPolicy(Policy):
         return _prefill(problem) or _decode(problem) or make_room_for_oldest(problem)
 
     def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes."""
-        return decodes_everyone(problem, decision)
+        """When all running decode: who waits does not fit, and what is free only shrinks."""
+        return decodes_all_running(problem, decision)
 
 
 def _prefill(problem: BatchProblem) -> Decision | None:

@@ -12,18 +12,26 @@ from aptserve_scheduler.policies.base import Policy
 from aptserve_scheduler.policies.chunked import ChunkedPolicy
 from aptserve_scheduler.policies.fcfs import FcfsPolicy
 from aptserve_scheduler.policies.mlfq import MlfqPolicy
+from aptserve_scheduler.policies.optimal import OptimalPolicy
+from aptserve_scheduler.policies.qos import QosConfig, QosPolicy
 from aptserve_scheduler.policies.srtf import SrtfConfig, SrtfPolicy
 from aptserve_scheduler.policies.vtc import VtcPolicy
+from aptserve_scheduler.policies.wait import WaitConfig, WaitPolicy
 
 _FACTORIES: dict[str, Callable[[], Policy]] = {
     "apt": AptPolicy,
     "chunked": ChunkedPolicy,
     "fcfs": FcfsPolicy,
     "mlfq": MlfqPolicy,
+    "optimal": OptimalPolicy,
+    "qos": QosPolicy,
+    "qos:eager": lambda: QosPolicy(QosConfig(relegated_share=1.0), "qos:eager"),
     "srtf": SrtfPolicy,
     "srtf:noisy": lambda: SrtfPolicy(SrtfConfig("noisy")),
     "srtf:oracle": lambda: SrtfPolicy(SrtfConfig("oracle")),
     "vtc": VtcPolicy,
+    "wait": WaitPolicy,
+    "wait:oracle": lambda: WaitPolicy(WaitConfig(is_oracle=True)),
 }
 
 

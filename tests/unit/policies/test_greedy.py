@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from aptserve_scheduler.policies.exact import solve as solve_exactly
 from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack, solve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scheduler import best_worth
 
 
 def make_knapsack(
@@ -23,6 +23,13 @@ def make_knapsack(
         tuple(needs),
         (capacity, *(limit for _, limit in more)),
     )
+
+
+def best_worth(knapsack: Knapsack) -> float:
+    """Worth of the optimum."""
+    solution = solve_exactly(knapsack)
+    assert solution.is_optimal
+    return knapsack.worth(solution.choice)
 
 
 def random_knapsack(rng: np.random.Generator) -> Knapsack:
@@ -45,6 +52,22 @@ def test_random_instances_are_near_the_optimum() -> None:
         ratios.append(knapsack.worth(choice) / best if best else 1.0)
     assert min(ratios) >= 0.5
     assert float(np.mean(ratios)) >= 0.98
+
+
+def test_three_binding_limits_keep_half_but_cost_more() -> None:
+    """The greedy looks at units alone: where tokens and seats bind too, it leaves more behind."""
+    rng = np.random.default_rng(6)
+    ratios = []
+    for _ in range(40):
+        shape = (2, 12)
+        units = np.cumsum(rng.integers(1, 12, shape), axis=0)
+        tokens = np.broadcast_to(rng.integers(1, 60, shape[1]), shape)
+        seats = np.broadcast_to(np.ones((), np.int64), shape)
+        values = rng.random(shape) + np.array([[0.0], [0.2]])
+        knapsack = Knapsack(values, (units, tokens, seats), (30, 130, 5))
+        ratios.append(knapsack.worth(solve(knapsack)) / best_worth(knapsack))
+    assert min(ratios) >= 0.5
+    assert 0.8 <= float(np.mean(ratios)) <= 0.98
 
 
 @pytest.mark.parametrize("capacity", [10, 100, 1000])

@@ -190,6 +190,22 @@ def test_too_many_requests_are_refused() -> None:
     refused(rig, "2 requests chosen, the limit is 1")
 
 
+def test_more_residents_than_the_worker_has_rows_are_refused() -> None:
+    """Those who sit out hold a row too; whoever is preempted gives it up for the same plan."""
+    policy = ScriptedPolicy()
+    rig = make_rig(policy, max_num_seqs=2)
+    rig.add(make_request("a"), make_request("b"))
+    rig.plan()
+    rig.answer()
+    rig.add(make_request("c"))
+    new_alone = Decision(np.array([2]), np.array([8]), np.array([Tier.KV], np.int8), "new alone")
+    policy.scripted = new_alone
+    refused(rig, "3 requests would hold memory with 1 new ones, the limit is 2")
+    policy.scripted = replace(new_alone, preempted=np.array([1]))
+    assert [entry.request_id for entry in rig.plan().scheduled] == ["c"]
+    rig.answer()
+
+
 def test_more_units_than_there_are_is_refused() -> None:
     policy = ScriptedPolicy()
     rig = make_rig(policy, num_units=7)

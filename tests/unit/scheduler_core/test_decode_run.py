@@ -16,19 +16,20 @@ from aptserve_scheduler.core import (
     SchedulerConfig,
     SequenceOutput,
     StepResult,
+    TierSpec,
 )
 from aptserve_scheduler.policies import create_policy, policy_names
-from support.scheduler import KV, WORKER, make_request, make_worker
+from support.scheduler import HIDDEN, KV, WORKER, make_request, make_worker
 
 STEP = 2**-6
 """Seconds of an iteration; a power of two, so that sums are exact however they are made."""
 
 
-def make_scheduler(policy: str) -> Scheduler:
+def make_scheduler(policy: str, tiers: tuple[TierSpec, ...] = (KV,)) -> Scheduler:
     scheduler = Scheduler(
         SchedulerConfig(pipeline_depth=1, learns_costs=False), create_policy(policy)
     )
-    scheduler.add_worker(make_worker(tiers=(KV,), num_units=60), 0.0)
+    scheduler.add_worker(make_worker(tiers=tiers, num_units=60), 0.0)
     return scheduler
 
 
@@ -43,10 +44,14 @@ def answer(plan: BatchPlan, known: dict[str, int]) -> StepResult:
 
 
 def play(
-    policy: str, arrivals: list[tuple[float, RequestSpec]], *, in_runs: bool
+    policy: str,
+    tiers: tuple[TierSpec, ...],
+    arrivals: list[tuple[float, RequestSpec]],
+    *,
+    in_runs: bool,
 ) -> tuple[dict[str, RequestFinished], int]:
     """Every request's end, and how many iterations were entered in runs."""
-    scheduler, now, num_skipped = make_scheduler(policy), 0.0, 0
+    scheduler, now, num_skipped = make_scheduler(policy, tiers), 0.0, 0
     known: dict[str, int] = {}
     ended: dict[str, RequestFinished] = {}
     pending = list(arrivals)
@@ -87,9 +92,13 @@ def test_runs_change_nothing(policy: str, seed: int) -> None:
         spec = make_request(
             f"r{index}", prompt_len=rng.randint(1, 70), max_tokens=rng.randint(1, 40), ttft=0.1
         )
-        arrivals.append((at, replace(spec, expected_output_tokens=rng.randint(1, 40))))
-    one_by_one, none = play(policy, arrivals, in_runs=False)
-    at_once, num_skipped = play(policy, arrivals, in_runs=True)
+        guess, tenant = rng.choice((None, rng.randint(1, 40))), rng.choice("ab")
+        priority = rng.choice((0, 0, 1, -2))
+        spec = replace(spec, expected_output_tokens=guess, tenant=tenant, priority=priority)
+        arrivals.append((at, spec))
+    tiers = (KV, HIDDEN) if seed % 2 else (KV,)
+    one_by_one, none = play(policy, tiers, arrivals, in_runs=False)
+    at_once, num_skipped = play(policy, tiers, arrivals, in_runs=True)
     assert at_once == one_by_one
     assert none == 0
     assert len(at_once) == len(arrivals)
