@@ -24,7 +24,7 @@ _MODEL_LIBRARIES = frozenset({"torch", "transformers", "triton", "aptserve_kerne
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module. ``lazy``: inside a function, so it costs nothing until called."""
+    """One imported module. ``lazy``: inside a function, or for types alone, so it costs nothing."""
 
     module: str
     line: int
@@ -131,6 +131,7 @@ def find_imports(source: str, module: str) -> Iterator[Import]:
     while pending:
         node, lazy = pending.pop()
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        lazy = lazy or _is_for_types_only(node)
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -138,6 +139,12 @@ def find_imports(source: str, module: str) -> Iterator[Import]:
             # `from aptserve import cli` may import aptserve.cli; names of no module do no harm.
             yield from (Import(f"{base}.{a.name}", node.lineno, lazy) for a in node.names)
         pending.extend((child, lazy) for child in ast.iter_child_nodes(node))
+
+
+def _is_for_types_only(node: ast.AST) -> bool:
+    """``if TYPE_CHECKING:``, which never runs."""
+    test = node.test if isinstance(node, ast.If) else None
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
 
 def violations(root: Path) -> Iterator[str]:

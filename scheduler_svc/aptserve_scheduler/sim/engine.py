@@ -40,6 +40,7 @@ from aptserve_scheduler.sim.worker import SimWorker
 _NUM_SAMPLES = 400
 """Samples of the timeline over the arrivals; what comes after them adds more."""
 _PROGRESS_EVENTS = 64
+_TOKEN = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,9 @@ class SimConfig:
     planning_seconds: float = 0.0
     """From a result, or an arrival, to the arrival of the plan at the worker."""
     max_tokens: int | None = None
-    """What requests allow themselves to generate; nobody knows then when they will end. ``None``:
-    exactly what they will, as a load generator that ignores end-of-sequence tokens asks for."""
+    """What requests allow themselves to generate, as far as the largest pool could hold it; nobody
+    knows then when they will end. ``None``: exactly what they will, as a load generator that
+    ignores end-of-sequence tokens asks for."""
     max_waiting: int = 1_000_000
     learns_costs: bool = False
     """Whether the scheduler refines the advertised estimate from what it measures. Off, equal
@@ -124,7 +126,9 @@ class _Simulation:
         self._workers = {WorkerId(w.spec.worker_id): _Worker(w) for w in config.workers}
         for worker in config.workers:
             self._scheduler.add_worker(worker.spec, 0.0)
+        self._longest = max(_most_tokens(worker) for worker in config.workers)
         self._arrivals: list[float] = trace.arrival_seconds.tolist()
+        self._num_prompt: list[int] = trace.num_prompt_tokens.tolist()
         self._num_output: list[int] = trace.num_output_tokens.tolist()
         self._next_arrival = 0
         self._num_produced = [0] * len(trace)
@@ -191,9 +195,11 @@ class _Simulation:
     def _spec(self, index: int) -> RequestSpec:
         trace, num_output = self._trace, self._num_output[index]
         allowed = self._config.max_tokens
+        if allowed is not None:
+            allowed = min(allowed, self._longest - self._num_prompt[index])
         return RequestSpec(
             request_id=RequestId(str(index)),
-            prompt_token_ids=range(int(trace.num_prompt_tokens[index])),
+            prompt_token_ids=range(self._num_prompt[index]),
             max_tokens=num_output if allowed is None else max(num_output, allowed),
             objectives=self._config.objectives,
             tenant=trace.tenants[index],
@@ -282,20 +288,22 @@ class _Simulation:
         """What a worker would say: a token for each sequence that is through with what it knows."""
         outputs: list[SequenceOutput] = []
         skipped: list[SequenceId] = []
+        num_produced, num_output, num_prompt = (
+            self._num_produced,
+            self._num_output,
+            self._num_prompt,
+        )
         for entry in plan.scheduled:
             index = int(entry.request_id)
-            record = self._records[index]
-            if record is not None:
+            if self._records[index] is not None:
                 skipped.append(entry.sequence_id)
                 continue
-            known = int(self._trace.num_prompt_tokens[index]) + self._num_produced[index]
+            known = num_prompt[index] + num_produced[index]
             if entry.num_computed_tokens + entry.num_new_tokens < known:
                 continue
-            self._num_produced[index] += 1
-            ends = self._num_produced[index] == self._num_output[index]
-            outputs.append(
-                SequenceOutput(entry.sequence_id, (0,), FinishReason.STOP if ends else None)
-            )
+            num_produced[index] += 1
+            reason = FinishReason.STOP if num_produced[index] == num_output[index] else None
+            outputs.append(SequenceOutput(entry.sequence_id, _TOKEN, reason))
         return StepResult(plan.plan_id, tuple(outputs), seconds, skipped=tuple(skipped))
 
     def _note(self, events: list[Event]) -> None:
@@ -329,7 +337,7 @@ class _Simulation:
         self._records[index] = RequestRecord(
             request_id=str(index),
             arrival_seconds=self._arrivals[index],
-            num_prompt_tokens=int(self._trace.num_prompt_tokens[index]),
+            num_prompt_tokens=self._num_prompt[index],
             num_output_tokens=0,
             ttft_seconds=None,
             tbt_p99_seconds=None,
@@ -342,3 +350,9 @@ class _Simulation:
             num_preemptions=0,
             tenant=self._trace.tenants[index],
         )
+
+
+def _most_tokens(worker: SimWorker) -> int:
+    """Tokens of the longest request that the worker can hold with keys and values."""
+    spec = worker.spec
+    return spec.num_units // spec.tiers[0].units_per_block * spec.block_size

@@ -1,0 +1,1 @@
+"""``aptserve simulate``: from what was typed to runs, tables and files."""
