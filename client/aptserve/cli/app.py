@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from aptserve.cli.commands import client, operate, serve
+from aptserve.cli.commands import bench, client, demo, operate, serve, simulate
 from aptserve.cli.problems import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, CommandError
 from aptserve.errors import AptServeError, InvalidArgumentError
 
@@ -37,7 +37,8 @@ app = typer.Typer(
 )
 for panel, commands in {
     "Serve": (serve.up, serve.scheduler, serve.worker),
-    "Use": (client.generate,),
+    "Use": (client.generate, demo.demo),
+    "Measure": (bench.bench, simulate.simulate),
     "Operate": (operate.status, operate.watch, operate.health, operate.abort, operate.drain),
 }.items():
     for command in commands:

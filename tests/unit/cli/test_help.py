@@ -16,9 +16,7 @@ COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-def
 
 def test_all_commands_are_there() -> None:
     assert (
-        sorted(
-            "abort drain generate health scheduler status up watch worker".split()  # noqa: SIM905
-        )
+        "abort bench demo drain generate health scheduler simulate status up watch worker".split()  # noqa: SIM905
         == COMMANDS
     )
 

@@ -1,0 +1,1 @@
+"""``aptserve demo``: the same burst of requests under two policies, side by side on a screen."""
