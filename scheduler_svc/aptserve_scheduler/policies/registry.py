@@ -5,9 +5,11 @@ A variant, the same policy with other settings, is a line named ``policy:variant
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from aptserve_scheduler.policies.apt import AptPolicy
+from aptserve_scheduler.policies.apt_slo import AptSloConfig, AptSloPolicy
 from aptserve_scheduler.policies.base import Policy
 from aptserve_scheduler.policies.chunked import ChunkedPolicy
 from aptserve_scheduler.policies.fcfs import FcfsPolicy
@@ -20,6 +22,8 @@ from aptserve_scheduler.policies.wait import WaitConfig, WaitPolicy
 
 _FACTORIES: dict[str, Callable[[], Policy]] = {
     "apt": AptPolicy,
+    "apt-slo": AptSloPolicy,
+    "apt-slo:unbounded": lambda: AptSloPolicy(AptSloConfig(patience_seconds=math.inf)),
     "chunked": ChunkedPolicy,
     "fcfs": FcfsPolicy,
     "mlfq": MlfqPolicy,

@@ -1,0 +1,334 @@
+"""Our policy: as many requests as possible within their objectives, and a bound for the others.
+
+The setting is that of :mod:`~aptserve_scheduler.policies.apt`, but what counts is how many requests
+will meet their objectives. A waiting request is *late* when it would miss an objective even if its
+prompt ran at once and alone, a running one when it has missed; the others are *live*. Every
+iteration is a mixed batch, put together in this order:
+
+1. **The overdue** that have a right to memory; see the bound below.
+2. **Go on.** Each running request gets its next token, those whose prompt is under way the next
+   chunk of it. When the pool is too small for their growth, late ones lose their memory, the latest
+   arrivals first, then live ones, the costliest first. Cost of a request: the units it holds and
+   half of those it will grow by, times the tokens it still has to come.
+3. **Admit** live requests in order of the time by which they must start. Where the memory or the
+   time that is due by then exceeds what there will be, the costliest requests before it are put off
+   (:func:`~aptserve_scheduler.policies.deadlines.keep_most`). The memory is what is free, what late
+   running requests hold and lose if need be, and a forecast of what the others will give back. Once
+   all others are in, those put off may use what is free.
+4. **The late** start, in order of arrival, when every live request is in that could be, with memory
+   that the running requests will not grow into soon.
+
+How caches and chunks come to their size:
+
+* **Tier.** A cache starts in the tier with the fewest units per block when memory is short and the
+  steps to come get slower by less than one more request in the batch is worth: ``extra seconds <
+  seconds of a step / decodes in it``; or when keys and values could not hold it to its end. A
+  hidden cache becomes keys and values when nobody waits, a share of the pool stays free, and the
+  seconds saved until its end exceed those of computing a token anew for each cached one.
+* **Chunk.** Prompts join while the iteration, by the tokens it computes, stays within a share of
+  the smallest slack of those who decode and, while requests wait, of their smallest TTFT objective;
+  two steps' time is always allowed. The last to get in gets a chunk of what time is left. Nobody
+  joins by whose prompt another that starts in this iteration would become late.
+
+Output lengths are the caller's guess where given, otherwise learned from the service's own history.
+
+**Bound.** A late request whose age exceeds its TTFT objective by ``patience_seconds`` is *overdue*.
+A worker's overdue, running there or waiting, form a line: higher priority first, then earlier
+arrival. The head of the line is in every batch, with a token or at least 64 of its prompt where the
+batch may have so many. Whoever else holds memory gives way for it, and it never does. Only memory
+of requests whose end is in flight must be waited for; then there is no batch until they are gone.
+So an overdue request waits at most for as many batches as those ahead of it have tokens to come and
+chunks of prompts. Ahead of it can come whoever arrived earlier or has a higher priority: a stream
+of higher priorities may hold it up for ever, but no later arrival of its own. Those who follow the
+head have the same right while all of them together fit ``lane_share`` of the pool.
+
+Priorities order the late; of the live, each level halves what a request seems to cost. Tenants are
+not told apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aptserve_scheduler.core.types import Tier, TierSpec
+from aptserve_scheduler.policies.base import (
+    Arrival,
+    BatchProblem,
+    Bools,
+    Decision,
+    Floats,
+    Ints,
+    Policy,
+    Tiers,
+    decodes_everyone,
+)
+from aptserve_scheduler.policies.common import indices, make_room_for_oldest
+from aptserve_scheduler.policies.deadlines import first_fits, keep_most
+from aptserve_scheduler.policies.mixed_batch import Chosen, MixedBatch
+from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook
+from aptserve_scheduler.policies.overdue import InLine, overdue_line
+from aptserve_scheduler.policies.prediction import OutputPredictor
+from aptserve_scheduler.policies.room import Room
+
+_MOST_LIVE = 256
+"""Waiting requests that must start first, and no more, are planned for in an iteration."""
+_SPARE_SHARE = 0.2
+"""Share of the pool that promotions leave free."""
+
+
+@dataclass(frozen=True, slots=True)
+class AptSloConfig:
+    """Settings of the policy; ValueError names a field out of range."""
+
+    patience_seconds: float = 30.0
+    """A late request this much older than its TTFT objective is overdue. Infinite: nobody ever is,
+    and waiting has no bound; the policy's name says so then."""
+    lane_share: float = 0.05
+    """Share of the pool for overdue requests; the first of them has its place in any case."""
+    slack_share: float = 0.5
+    """Share of the smallest slack in the batch that an iteration may take."""
+    iteration_share: float = 0.25
+    """Longest iteration while requests wait, as a share of their smallest TTFT objective."""
+
+    def __post_init__(self) -> None:
+        if not self.patience_seconds >= 0:
+            raise ValueError(f"patience_seconds must not be negative, not {self.patience_seconds}")
+        for name in ("lane_share", "slack_share", "iteration_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be over 0 and at most 1, not {getattr(self, name)}")
+
+
+class AptSloPolicy(Policy):
+    """Most objectives met, by deadline and cost; bounded waiting for those that missed theirs."""
+
+    name = "apt-slo"
+    needs_history = True
+
+    def __init__(self, config: AptSloConfig | None = None) -> None:
+        self.config = config or AptSloConfig()
+        if np.isinf(self.config.patience_seconds):
+            self.name = "apt-slo:unbounded"
+        self._history = OutputPredictor()
+
+    def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
+        """All of them."""
+        return tiers
+
+    def decide(self, problem: BatchProblem) -> Decision | None:
+        """One mixed batch."""
+        return _Round(problem, self.config, self._history).decide()
+
+    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
+        """When everyone decodes in KV: a hidden cache may become worth promoting at any time."""
+        in_kv = bool((problem.running.tiers == Tier.KV).all())
+        return in_kv and decodes_everyone(problem, decision)
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Note the size of its prompt."""
+        self._history.arrived(arrival)
+
+    def ended(self, slot: int, num_output_tokens: int, *, completed: bool) -> None:
+        """Learn from its length."""
+        self._history.ended(slot, num_output_tokens, completed=completed)
+
+
+class _Round:
+    """One decision, in the order of the methods of :meth:`decide`."""
+
+    def __init__(
+        self, problem: BatchProblem, config: AptSloConfig, history: OutputPredictor
+    ) -> None:
+        self.problem, self.config = problem, config
+        self.outlook = Outlook(problem, history)
+
+    def decide(self) -> Decision | None:
+        """The batch; see the head of this file."""
+        problem, running, outlook = self.problem, self.problem.running, self.outlook
+        line = overdue_line(
+            problem,
+            outlook,
+            patience_seconds=self.config.patience_seconds,
+            lane_share=self.config.lane_share,
+        )
+        in_line = np.zeros(len(running), np.bool_)
+        in_line[[row for runs, row in line if runs]] = True
+        self.room = Room(problem, outlook.growth, running.missed, in_line, outlook.costs)
+        # Only beside requests whose end is in flight can the head of the line lack memory.
+        if not self.room.fit_growth():
+            return None
+        self.batch = MixedBatch(problem, outlook, self._most_seconds())
+        if line and not self._serve(line):
+            return None
+        self._go_on(among=~in_line)
+        if len(problem.waiting) and self._may_start_some() and self._admit_live():
+            self._admit_late()
+        chosen = self.batch.chosen(self.room.gives_way)
+        return self._decision(chosen) if chosen else make_room_for_oldest(problem)
+
+    def _serve(self, line: list[InLine]) -> bool:
+        """The line goes before everyone else; False: the memory for its head is in flight."""
+        for place, (runs, row) in enumerate(line):
+            if self.batch.is_full:
+                break
+            if not runs:
+                num_units = int(self.outlook.first_units[row])
+                if not self.room.take(num_units, from_late=True, from_live=True):
+                    return False
+                self.batch.start(row)
+            elif self.outlook.decodes[row]:
+                self.batch.decode(np.array([row]))
+            else:
+                self.batch.go_on(row, must=place == 0)
+        return True
+
+    def _most_seconds(self) -> float:
+        """Time that the iteration should take at most."""
+        problem, running, config = self.problem, self.problem.running, self.config
+        counts = self.outlook.decodes & ~self.room.gives_way & ~running.missed
+        slack = (running.miss_after_seconds - running.pending_seconds)[counts]
+        most = config.slack_share * float(slack.min(initial=LONG_SECONDS))
+        if len(problem.waiting):
+            most = min(most, config.iteration_share * float(problem.waiting.ttft_seconds.min()))
+        return max(most, 2 * self.outlook.step_seconds)
+
+    def _go_on(self, among: Bools) -> None:
+        """Running requests: tokens, then chunks of prompts, the earliest arrival first."""
+        among = among & self.problem.running.schedulable & ~self.room.gives_way
+        decodes = among & self.outlook.decodes
+        self.batch.decode(indices(decodes))
+        for row in indices(among & ~decodes).tolist():
+            self.batch.go_on(row, must=self.batch.is_empty)
+
+    def _may_start_some(self) -> bool:
+        """Whether there is a place for anybody at all, so that it is worth looking for whom."""
+        room = self.room
+        has_seat = room.num_seats > 0 or room.has_late
+        has_memory = room.num_reachable >= self.outlook.least_first_units
+        return has_seat and has_memory and not self.batch.is_full
+
+    def _admit_live(self) -> bool:
+        """Live ones in time, then those put off with what is free; False: nothing is left."""
+        rows, deadlines = self._live_by_deadline()
+        if not len(rows):
+            return True
+        kept = self._kept(rows, deadlines)
+        in_time, put_off = rows[kept], rows[~kept]
+        fits = first_fits(self.outlook.first_units[in_time], self.room.num_reachable)
+        for row in in_time[fits].tolist():
+            if not self.batch.has_place_for(row):
+                return False
+            if self.room.take(int(self.outlook.first_units[row]), from_late=True):
+                self.batch.start(row)
+        if not fits.all():
+            return False
+        fits = first_fits(self.outlook.first_units[put_off], self.room.num_free)
+        return self._start_free(put_off[fits])
+
+    def _live_by_deadline(self) -> tuple[Ints, Floats]:
+        """Live waiting requests, in order; seconds until they must start."""
+        outlook = self.outlook
+        rows = indices(~outlook.waiting_is_late)
+        deadlines = outlook.waiting_slack[rows] - outlook.waiting_prefill[rows]
+        if len(rows) > _MOST_LIVE:
+            first = np.argpartition(deadlines, _MOST_LIVE)[:_MOST_LIVE]
+            rows, deadlines = rows[first], deadlines[first]
+        order = deadlines.argsort(kind="stable")
+        return rows[order], deadlines[order]
+
+    def _kept(self, rows: Ints, deadlines: Floats) -> Bools:
+        """[n] whom to serve in time."""
+        problem, outlook, room = self.problem, self.outlook, self.room
+        num_units = outlook.first_units[rows]
+        # A prompt takes its time and its share of the decodes of the iterations it is spread over.
+        per_token = outlook.step_seconds / problem.max_num_batched_tokens
+        prefill = outlook.waiting_prefill[rows]
+        seconds = prefill + per_token * problem.waiting.num_tokens[rows]
+        time = outlook.waiting_slack[rows] - outlook.step_seconds
+        is_enough = int(num_units.sum()) <= room.num_free
+        if is_enough and bool((np.cumsum(seconds) <= time).all()):
+            return np.ones(len(rows), np.bool_)
+        goes_on = problem.running.schedulable & ~problem.running.missed & ~room.gives_way
+        memory = outlook.units_by(deadlines, room.num_reachable, goes_on)
+        lighter = np.exp2(-problem.waiting.priorities[rows])
+        return keep_most(
+            np.stack([num_units.astype(np.float64), seconds]),
+            np.stack([memory, time]),
+            np.stack([outlook.waiting_costs(rows) * lighter, seconds * lighter]),
+        )
+
+    def _admit_late(self) -> None:
+        """Late ones, in order, with free memory; as many as are not to give way again soon."""
+        waiting, outlook, room = self.problem.waiting, self.outlook, self.room
+        if room.num_seats < 1 or room.num_free < outlook.least_first_units:
+            return
+        is_left = outlook.waiting_is_late
+        if self.batch.started:
+            is_left = is_left.copy()
+            is_left[self.batch.started] = False
+        late = indices(is_left)
+        late = late[np.argsort(-waiting.priorities[late], kind="stable")][: room.num_seats]
+        if len(late) and outlook.first_units[late[0]] <= room.num_free:
+            self._start_free(late, keep_free=outlook.soon_units)
+
+    def _start_free(self, rows: Ints, *, keep_free: int = 0) -> bool:
+        """Begin these in turn with memory that is free; False as soon as one cannot."""
+        for row, num_units in zip(
+            rows.tolist(), self.outlook.first_units[rows].tolist(), strict=True
+        ):
+            if not self.batch.has_place_for(row) or num_units > self.room.num_free - keep_free:
+                return False
+            if not self.room.take(num_units):
+                return False
+            self.batch.start(row)
+        return True
+
+    def _promoted(self, rows: Ints, num_tokens: Ints) -> Tiers:
+        """[n] tiers of these running requests, hidden decodes in KV where it pays and fits.
+
+        Computing a cached token anew takes longer than making keys and values of it does.
+        """
+        problem, running, outlook = self.problem, self.problem.running, self.outlook
+        tiers = running.tiers[rows]
+        spare = self.room.num_free - int(_SPARE_SHARE * problem.num_units)
+        may = (tiers == Tier.HIDDEN) & outlook.decodes[rows]
+        if spare <= 0 or not np.count_nonzero(may):
+            return tiers
+        kv = outlook.kv.tier
+        saved = outlook.seconds_per_cached[tiers] - outlook.seconds_per_cached[kv]
+        may &= saved * outlook.tokens_to_come[rows] > problem.cost.seconds_per_token
+        may &= problem.fits_pool(running, outlook.kv)[rows]
+        entries = indices(may)
+        ends = running.num_computed_tokens[rows[entries]] + num_tokens[entries]
+        in_kv = outlook.units_for(ends, np.full(len(entries), kv, np.int8))
+        more = in_kv - outlook.units_for(ends, tiers[entries])
+        fits = first_fits(more, spare)
+        tiers[entries[fits]] = kv
+        self.room.num_free -= int(more[fits].sum())
+        return tiers
+
+    def _decision(self, chosen: Chosen) -> Decision:
+        running, waiting = self.problem.running, self.problem.waiting
+        rows = chosen.running
+        preempted = indices(self.room.gives_way)
+        tiers = running.tiers[rows]
+        if not len(waiting):
+            tiers = self._promoted(rows, chosen.running_tokens)
+        num_tokens = np.concatenate([chosen.running_tokens, chosen.started_tokens])
+        num_too_late = np.count_nonzero(self.outlook.waiting_is_late)
+        num_started, num_late = len(chosen.started), np.count_nonzero(running.missed[preempted])
+        return Decision(
+            slots=np.concatenate([running.slots[rows], waiting.slots[chosen.started]]),
+            num_tokens=num_tokens,
+            tiers=np.concatenate([tiers, chosen.started_tiers]),
+            preempted=running.slots[preempted],
+            reason=(
+                f"{len(rows)} go on, {num_started} start "
+                f"({np.count_nonzero(chosen.started_tiers != Tier.KV)} not in KV), "
+                f"{len(preempted)} give way ({num_late} of them late); "
+                f"{len(waiting) - num_started} wait, {num_too_late} "
+                f"waited too long to be in time; {int(num_tokens.sum())} tokens in about "
+                f"{self.batch.seconds:.3g} s, {self.room.num_free} units stay free"
+            ),
+        )

@@ -1,0 +1,177 @@
+"""What a decision goes by: sizes, speeds, expected lengths, and the memory that will come free."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from aptserve_scheduler.core.types import Tier
+from aptserve_scheduler.policies.base import (
+    BatchProblem,
+    Bools,
+    Candidates,
+    Floats,
+    Ints,
+    Tiers,
+)
+from aptserve_scheduler.policies.prediction import OutputPredictor
+from aptserve_scheduler.policies.slack import prompt_seconds
+
+_NUM_TIER_NUMBERS = max(Tier) + 1
+LONG_SECONDS = 60.0
+"""Slack beyond this is all the same."""
+_FORECAST_SECONDS = np.array([0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+_SOON_TOKENS = 64
+"""Memory is plentiful when it lasts for so many more tokens of everybody."""
+_NO_TOKENS = np.zeros(1, np.int64)
+
+
+class Outlook:
+    """Estimates about everybody in one problem; what few decisions need is computed when asked for.
+
+    Names with ``waiting_`` and ``first_`` are about ``problem.waiting``, the others about
+    ``problem.running``. KV is the first of the worker's tiers, compact the one with the fewest
+    units per block, which may be the same.
+    """
+
+    def __init__(self, problem: BatchProblem, history: OutputPredictor) -> None:
+        running, waiting, cost = problem.running, problem.waiting, problem.cost
+        self._problem, self._history = problem, history
+        self.kv = problem.tiers[0]
+        self.compact = min(problem.tiers, key=lambda tier: tier.units_per_block)
+        self._units_per_block = np.zeros(_NUM_TIER_NUMBERS, np.int64)
+        self.seconds_per_cached = np.zeros(_NUM_TIER_NUMBERS)
+        """By tier number: what a cached token adds to a decode."""
+        for tier in problem.tiers:
+            self._units_per_block[tier.tier] = tier.units_per_block
+            per_cached = cost.seconds_per_cached_token.get(tier.tier, 0.0)
+            self.seconds_per_cached[tier.tier] = per_cached
+        self._units_per_token = self._units_per_block / problem.block_size
+
+        self.remaining = running.num_remaining_tokens
+        """[n] tokens to compute until the next one is sampled."""
+        self.decodes: Bools = running.schedulable & (self.remaining == 1)
+        """[n] who could get a token in this iteration, for one computed."""
+        self.num_decodes = int(np.count_nonzero(self.decodes))
+        self.step_seconds = self._step_seconds()
+        """Time of a decode of all that are ready."""
+        next_tokens = np.minimum(self.remaining, problem.max_num_batched_tokens)
+        ends = self.units_for(running.num_computed_tokens + next_tokens, running.tiers)
+        self.growth: Ints = (ends - running.num_units) * running.schedulable
+        """[n] units that the largest possible next chunk takes."""
+
+        self.waiting_prefill = prompt_seconds(cost, _NO_TOKENS, waiting.num_tokens)
+        """[n] seconds of a whole prompt, alone."""
+        slack = waiting.miss_after_seconds - waiting.pending_seconds
+        self.waiting_slack = np.minimum(slack, LONG_SECONDS)
+        """[n] seconds until an objective is missed."""
+        self.waiting_is_late: Bools = slack < self.waiting_prefill + cost.base_seconds
+        """[n] who would miss an objective even if the prompt ran at once and alone."""
+
+    def units_for(self, num_tokens: Ints, tiers: Tiers) -> Ints:
+        """[n] units of caches of these lengths in these tiers."""
+        return self._problem.num_blocks(num_tokens) * self._units_per_block[tiers]
+
+    def _step_seconds(self) -> float:
+        cost, running = self._problem.cost, self._problem.running
+        cached = self.seconds_per_cached[running.tiers] * running.num_computed_tokens
+        per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
+        seconds = cost.base_seconds + per_sequence * self.num_decodes
+        return max(seconds + float(cached[self.decodes].sum()), 1e-9)
+
+    # Lengths and costs
+
+    @cached_property
+    def tokens_to_come(self) -> Floats:
+        """[n] expected further output tokens."""
+        return self._tokens_to_come(self._problem.running, slice(None))
+
+    def waiting_costs(self, rows: Ints) -> Floats:
+        """[n] what it costs to serve these waiting requests, as :meth:`costs`."""
+        to_come = self._tokens_to_come(self._problem.waiting, rows)
+        return self._costs(self.first_units[rows], self.first_tiers[rows], to_come)
+
+    def costs(self) -> Floats:
+        """[n] what it costs to let each go on: unit-tokens until the end, halved per priority.
+
+        A unit-token is a unit held while a token is made. What a request holds counts in full,
+        what it will grow by half, as it comes little by little.
+        """
+        running = self._problem.running
+        costs = self._costs(running.num_units, running.tiers, self.tokens_to_come)
+        return costs * np.exp2(-running.priorities)
+
+    def _costs(self, num_units: Ints, tiers: Tiers, to_come: Floats) -> Floats:
+        costs: Floats = to_come * (num_units + 0.5 * to_come * self._units_per_token[tiers])
+        return costs
+
+    def _tokens_to_come(self, candidates: Candidates, rows: Ints | slice) -> Floats:
+        num_output = candidates.num_output_tokens[rows]
+        num_prompt = candidates.num_prompt_tokens[rows]
+        most = np.maximum(candidates.max_num_tokens[rows] - num_prompt - num_output, 1)
+        expected = self._history.remaining(num_output, num_prompt, most)
+        guess = candidates.expected_output_tokens[rows]
+        if not np.count_nonzero(guess):
+            return expected
+        return np.where(guess > 0, np.clip(guess - num_output, 1, most), expected)
+
+    # Memory
+
+    @cached_property
+    def least_first_units(self) -> int:
+        """Units that the shortest of the waiting requests takes at least to start."""
+        num_tokens = int(self._problem.waiting.num_tokens.min()) + 1
+        return -(-num_tokens // self._problem.block_size) * self.compact.units_per_block
+
+    @cached_property
+    def first_units(self) -> Ints:
+        """[n] units of the waiting requests, in the tiers they start in, with their first token."""
+        return self.units_for(self._problem.waiting.num_tokens + 1, self.first_tiers)
+
+    @cached_property
+    def first_tiers(self) -> Tiers:
+        """[n] tier in which each of the waiting requests starts.
+
+        Compact when memory is short and the longer steps cost less than the share of one request
+        in a step is worth, or when KV could not hold the request to its end.
+        """
+        problem, waiting = self._problem, self._problem.waiting
+        tiers = np.full(len(waiting), self.kv.tier, np.int8)
+        if self.compact is self.kv:
+            return tiers
+        is_compact = ~problem.fits_pool(waiting, self.kv)
+        if not self._is_memory_plentiful():
+            per_cached = self.seconds_per_cached
+            dearer = per_cached[self.compact.tier] - per_cached[self.kv.tier]
+            per_request = self.step_seconds / max(1, self.num_decodes)
+            is_compact |= dearer * waiting.num_tokens < per_request
+        tiers[is_compact] = self.compact.tier
+        return tiers
+
+    def _is_memory_plentiful(self) -> bool:
+        """Whether all that wait would fit as keys and values, and everybody could grow a while."""
+        problem = self._problem
+        num_blocks = problem.num_blocks(problem.waiting.num_tokens + _SOON_TOKENS)
+        left = problem.num_free_units - self.kv.units_per_block * int(num_blocks.sum())
+        return left >= 0 and left >= self.soon_units
+
+    @cached_property
+    def soon_units(self) -> int:
+        """Units that the running requests will grow by in their next tokens."""
+        soon = np.minimum(self.tokens_to_come, _SOON_TOKENS)
+        return int(soon @ self._units_per_token[self._problem.running.tiers])
+
+    def units_by(self, seconds: Floats, num_units_now: int, goes_on: Bools) -> Floats:
+        """[n] units that will be there after so many seconds, never less than now.
+
+        Each running request that ``goes_on`` ends at a constant rate, once in the time that its
+        expected tokens take, and grows by a token a step.
+        """
+        running = self._problem.running
+        lives = np.maximum(self.tokens_to_come[goes_on], 1.0) * self.step_seconds
+        ended = -np.expm1(-_FORECAST_SECONDS[:, None] / lives)
+        growth = float(self._units_per_token[running.tiers[goes_on]].sum()) / self.step_seconds
+        units = num_units_now + ended @ running.num_units[goes_on] - growth * _FORECAST_SECONDS
+        units = np.maximum(units, float(num_units_now))
+        return np.interp(np.maximum(seconds, 0.0), _FORECAST_SECONDS, units)

@@ -1,0 +1,61 @@
+"""The line of those who have been late for too long, and how many of it have a right to memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from aptserve_scheduler.policies.base import BatchProblem, Bools, Candidates, Ints
+from aptserve_scheduler.policies.common import indices
+from aptserve_scheduler.policies.outlook import Outlook
+
+
+class InLine(NamedTuple):
+    """An overdue request."""
+
+    runs: bool
+    row: int
+    """Of ``problem.running`` if it runs, else of ``problem.waiting``."""
+
+
+def overdue_line(
+    problem: BatchProblem, outlook: Outlook, *, patience_seconds: float, lane_share: float
+) -> list[InLine]:
+    """Overdue requests that have a right to memory: higher priority first, then earlier arrival.
+
+    Those are the first of the line, and who follows while all of them together fit ``lane_share``
+    of the pool, what requests whose end is in flight leave of it, and the worker's rows.
+    """
+    running, waiting = problem.running, problem.waiting
+    over_running = _overdue(running, running.missed & running.schedulable, patience_seconds)
+    over_waiting = _overdue(waiting, outlook.waiting_is_late, patience_seconds)
+    if not len(over_running) + len(over_waiting):
+        return []
+    age = np.concatenate([running.age_seconds[over_running], waiting.age_seconds[over_waiting]])
+    priority = np.concatenate([running.priorities[over_running], waiting.priorities[over_waiting]])
+    num_units = running.num_units[over_running] + outlook.growth[over_running]
+    if len(over_waiting):
+        num_units = np.concatenate([num_units, outlook.first_units[over_waiting]])
+    order = np.lexsort((-age, -priority))
+    chosen = order[: _num_with_right(problem, num_units[order], lane_share)]
+    rows = np.concatenate([over_running, over_waiting])[chosen]
+    runs = chosen < len(over_running)
+    return list(map(InLine, runs.tolist(), rows.tolist()))
+
+
+def _overdue(candidates: Candidates, is_late: Bools, patience_seconds: float) -> Ints:
+    if not np.count_nonzero(is_late):
+        return np.zeros(0, np.int64)
+    return indices(is_late & (candidates.age_seconds > candidates.ttft_seconds + patience_seconds))
+
+
+def _num_with_right(problem: BatchProblem, num_units: Ints, lane_share: float) -> int:
+    """How many of the line get memory; ``num_units`` [n]: what each needs, in its order."""
+    stuck = indices(~problem.running.schedulable)
+    most_units = lane_share * problem.num_units
+    if len(stuck):
+        held = int(problem.running.num_units[stuck].sum())
+        most_units = min(most_units, problem.num_units - held)
+    num = int(num_units.cumsum().searchsorted(most_units, side="right"))
+    return max(1, min(num, problem.max_num_seqs - len(stuck)))

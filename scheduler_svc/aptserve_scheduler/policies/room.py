@@ -1,0 +1,92 @@
+"""Memory and rows of a worker within one decision: who gets some, and who gives way for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import numpy as np
+
+from aptserve_scheduler.policies.base import BatchProblem, Bools, Floats, Ints
+from aptserve_scheduler.policies.common import indices
+
+
+class Room:
+    """What is free once the running requests have grown, and those who may lose what they hold.
+
+    They do so in this order: the late, latest arrival first; the live, costliest first. Protected
+    ones never do, nor those whose end is in flight.
+    """
+
+    def __init__(
+        self,
+        problem: BatchProblem,
+        growth: Ints,
+        late: Bools,
+        protected: Bools,
+        costs: Callable[[], Floats],
+    ) -> None:
+        """All arrays are [n] over ``problem.running``.
+
+        ``growth``: units that the next step of each takes; ``costs``: what it costs to let each go
+        on, asked for only once somebody live must give way.
+        """
+        running = problem.running
+        self.num_free = problem.num_free_units - int(growth.sum())
+        """Units that nobody holds or is about to; below 0 until :meth:`fit_growth`."""
+        self.num_seats = problem.max_num_seqs - len(running)
+        """Requests that could start beside those that hold memory."""
+        self.gives_way = np.zeros(len(running), np.bool_)
+        """[n] who loses the memory."""
+        self._released: list[int] = (running.num_units + growth).tolist()
+        self._costs = costs
+        self._is_live = running.schedulable & ~protected & ~late
+        latest_first = indices(running.schedulable & ~protected & late)[::-1]
+        self._late = deque(latest_first.tolist())
+
+    @property
+    def num_reachable(self) -> int:
+        """Units that are free or held by late requests."""
+        return self.num_free + self._held_by(self._late)
+
+    @property
+    def has_late(self) -> bool:
+        """Whether a late request could give way."""
+        return bool(self._late)
+
+    def fit_growth(self) -> bool:
+        """Make what is free cover the growth; False if even then it does not."""
+        while self.num_free < 0 and self._late:
+            self._evict(self._late.popleft())
+        while self.num_free < 0 and self._live:
+            self._evict(self._live.popleft())
+        return self.num_free >= 0
+
+    def take(self, num_units: int, *, from_late: bool = False, from_live: bool = False) -> bool:
+        """A place for a request that needs so much, if need be from others; False: nothing done."""
+        if self.num_free < num_units or self.num_seats < 1:
+            queues = [self._late] * from_late + [self._live] * from_live
+            if self.num_free + sum(map(self._held_by, queues)) < num_units:
+                return False
+            if self.num_seats < 1 and not any(queues):
+                return False
+            for queue in queues:
+                while queue and (self.num_free < num_units or self.num_seats < 1):
+                    self._evict(queue.popleft())
+        self.num_free -= num_units
+        self.num_seats -= 1
+        return True
+
+    @cached_property
+    def _live(self) -> deque[int]:
+        live = indices(self._is_live)
+        return deque(live[np.argsort(-self._costs()[live], kind="stable")].tolist())
+
+    def _held_by(self, rows: Iterable[int]) -> int:
+        return sum(map(self._released.__getitem__, rows))
+
+    def _evict(self, row: int) -> None:
+        self.num_free += self._released[row]
+        self.num_seats += 1
+        self.gives_way[row] = True
