@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 
 PACKAGES := aptserve aptserve_scheduler aptserve_worker aptserve_kernels
 
-# Passed on to `aptserve up`, pytest and the benchmark.
+# Passed on to `aptserve up`, pytest, the benchmark and the study.
 ARGS ?=
 PROMPT ?= def read_config(path):
 
@@ -29,7 +29,7 @@ PROMPT ?= def read_config(path):
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  ARGS="..."         more arguments for run, test and bench'
+	@echo '  ARGS="..."         more arguments for run, test, bench and study'
 	@echo '  PYTHON=python3.12  the interpreter to set up with (3.11, 3.12 or 3.13)'
 	@echo '  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu'
 	@echo '                     set up with the CPU build of torch, on a machine without a GPU'
@@ -84,6 +84,10 @@ check-protos: install ## Fail when the committed code of protos/ is not what pro
 .PHONY: bench
 bench: $(VENV)/.installed-bench ## Measure, and compare with other engines
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: study
+study: $(VENV)/.installed-bench ## Compare all schedulers on simulated GPUs; an hour on two cores
+	@$(BIN)/python -m benchmarks.study $(ARGS)
 
 .PHONY: docker-check
 docker-check: install ## Run the install steps and entry points of both images without Docker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ def update_readme(readme: Path, results: Path) -> None:
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     sections = [
-        build(json.loads(path.read_text()))
-        for name, build in _SECTIONS.items()
+        section(name, json.loads(path.read_text()))
+        for name in _SECTIONS
         if (path := results / f"cpu_{name}.json").exists()
     ]
     readme.write_text(head + BEGIN + "\n\n" + "\n\n".join(sections) + "\n\n" + END + tail)
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """What the README says of one benchmark."""
+    return _SECTIONS[name](result)
 
 
 def _table(rows: list[list[str]], headers: list[str]) -> str:
@@ -129,10 +135,81 @@ def _cpu_engines(result: dict[str, Any]) -> str:
     )
 
 
-_SECTIONS = {
+def _fidelity(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{cell['policy']}`, {cell['times']:g} x",
+            *(f"{100 * cell[which]['both']:.1f}" for which in ("live", "simulated")),
+            *(f"{cell['points'][name]:+.1f}" for name in ("both", "ttft", "tbt")),
+        ]
+        for cell in result["summary"]["cells"]
+    ]
+    headers = ["policy, rate", "live, %", "simulated, %", "both", "TTFT", "TBT"]
+    summary, load = result["summary"], result["load"]
+    both, foretold = (summary[which]["both"] for which in ("simulated", "foretold"))
+    num_seeds = len({run["seed"] for run in result["runs"]})
+    return (
+        "**The simulator against the service**: requests within their objectives, the same traces "
+        f"live on the CPU worker and simulated with its calibration, {load['num_requests']} "
+        f"requests, {num_seeds} seeds; 1 x is {load['sustainable_requests_per_second']:.1f} "
+        "requests/s. Differences, simulated less live, are percentage points.\n\n"
+        f"{_table(rows, headers)}\n\n"
+        f"Over single runs the difference is {both['mean_points']:+.1f} points in the mean, "
+        f"{both['mean_absolute_points']:.1f} in absolute value, {both['worst_points']:+.1f} at "
+        f"worst; from what was known before the run {foretold['mean_points']:+.1f}, "
+        f"{foretold['mean_absolute_points']:.1f}, {foretold['worst_points']:+.1f}."
+    )
+
+
+def _live_policies(result: dict[str, Any]) -> str:
+    policies, load = result["policies"], result["load"]
+    rates = [point["requests_per_second"] for point in policies["fcfs"]["attainment"]]
+    rows = [
+        [
+            f"`{policy}`",
+            *(
+                _with_interval(100 * point["mean"], point["half_width"], 100, 0)
+                for point in found["attainment"]
+            ),
+            {"found": "", "at_least": "over ", "below": "under "}[found["bound"]]
+            + _with_interval(found["goodput_requests_per_second"], found["half_width"], 1, 1),
+            _ratio(found),
+        ]
+        for policy, found in policies.items()
+    ]
+    headers = [
+        "requests within objectives, %",
+        *(f"{rate:.1f}/s" for rate in rates),
+        f"goodput at {100 * result['target']:.0f} %, requests/s",
+        "of fcfs",
+    ]
+    num_seeds = len({run["seed"] for run in result["runs"]})
+    return (
+        f"**Policies live on the CPU worker**, short of memory: {load['pool_units']} units, "
+        f"{load['num_requests']} requests, {num_seeds} seeds, first token within "
+        f"{load['ttft_objective_seconds']:g} s and {load['tbt_objective_seconds']:g} s between "
+        f"tokens; ± is the 95 % interval over seeds.\n\n{_table(rows, headers)}"
+    )
+
+
+def _with_interval(value: float, half_width: float | None, scale: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text if half_width is None else f"{text} ± {scale * half_width:.{digits}f}"
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    if found["ratio_to_fcfs"] is None:
+        return "not known"
+    text = _with_interval(found["ratio_to_fcfs"], found["ratio_half_width"], 1, 2)
+    return f"over {text}" if found["ratio_is_at_least"] else text
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_engines": _cpu_engines,
     "step_breakdown": _step_breakdown,
     "hidden_attention": _hidden_attention,
     "decision_time": _decision_time,
     "serving": _serving,
+    "fidelity": _fidelity,
+    "live_policies": _live_policies,
 }

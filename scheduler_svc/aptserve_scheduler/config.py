@@ -24,7 +24,7 @@ class SchedulerSettings(BaseSettings):
 
     listen: str = "127.0.0.1:50051"
     """HOST:PORT of the gRPC server; port 0 chooses a free one."""
-    policy: str = "apt"
+    policy: str = "apt-slo"
     """How batches are composed."""
     pipeline_depth: Annotated[int, Field(ge=1, le=8)] = 2
     """Plans sent ahead of results; 1 is a plain loop."""

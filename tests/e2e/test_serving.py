@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from aptserve import FinishReason, InvalidArgumentError
-from aptserve_scheduler.policies import registry
+from aptserve_scheduler.policies import policy_names, registry
 from support.cluster import Cluster, cluster
 from support.eventually import eventually
 from support.models import CONTEXT, VOCAB, greedy
@@ -45,6 +45,12 @@ async def test_tokens_equal_generate(
     scheduler = {"policy": policy, "pipeline_depth": depth}
     async with cluster(checkpoint(name), scheduler=scheduler) as running:
         await assert_exact(running, oracle(name), make_prompts(12), 10)
+
+
+@pytest.mark.parametrize("policy", policy_names())
+async def test_every_policy_serves(policy: str, checkpoint: Checkpoints, oracle: Oracles):
+    async with cluster(checkpoint("opt"), scheduler={"policy": policy}, **TIGHT) as running:
+        await assert_exact(running, oracle("opt"), make_prompts(12, seed=11), 8)
 
 
 async def test_two_workers_share_one_queue(checkpoint: Checkpoints, oracle: Oracles):

@@ -98,9 +98,10 @@ Policy = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME",
-        show_default="apt",
-        help="How batches are composed. apt: what relieves most waiting per memory unit, choosing "
-        "each request's cache tier; fcfs: first come, first served.",
+        show_default="apt-slo",
+        help="How batches are composed. apt-slo: so that most requests meet their objectives; "
+        "apt: the paper's rule, what relieves most waiting per memory unit; fcfs: first come, "
+        "first served; also chunked, qos, srtf, mlfq, vtc, wait and others.",
         rich_help_panel=_SCHEDULING,
     ),
 ]

@@ -85,7 +85,7 @@ class AptSloConfig:
     patience_seconds: float = 30.0
     """A late request this much older than its TTFT objective is overdue. Infinite: nobody ever is,
     and waiting has no bound; the policy's name says so then."""
-    lane_share: float = 0.05
+    lane_share: float = 0.01
     """Share of the pool for overdue requests; the first of them has its place in any case."""
     slack_share: float = 0.5
     """Share of the smallest slack in the batch that an iteration may take."""

@@ -122,7 +122,7 @@ def test_the_settings_of_the_compose_file_load(
         for name, value in service["environment"].items():
             if value is not None:  # Compose passes these on from the shell, and only if set
                 monkeypatch.setenv(name, value)
-    assert SchedulerSettings().policy == "apt"
+    assert SchedulerSettings().policy == "apt-slo"
     assert WorkerSettings().model == "embedded"
     assert WorkerSettings().scheduler == "scheduler:50051"
 

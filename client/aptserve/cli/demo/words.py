@@ -19,6 +19,9 @@ CAVEAT = "One burst is an example and no proof; aptserve simulate compares over 
 _ABOUT = {
     "fcfs": "first come, first served. A long prompt at the head of the queue waits for much "
     "memory and holds back everyone behind it.",
+    "apt-slo": "asks before every step which requests can still meet their objectives, serves "
+    "those by deadline, puts off the costliest when memory or time runs out, and may hold a "
+    "request's cache as hidden states, at half the memory.",
     "apt": "picks before every step the requests that relieve the most waiting per unit of "
     "memory, and may hold a request's cache as hidden states, at half the memory.",
 }
