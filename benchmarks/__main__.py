@@ -16,6 +16,7 @@ from benchmarks import (
     hidden_attention,
     live_policies,
     serving,
+    simulation,
     step_breakdown,
 )
 from benchmarks.tables import section, update_readme
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "step_breakdown": step_breakdown.measure,
     "serving": serving.measure,
     "cpu_engines": cpu_engines.measure,
+    "simulation": lambda _: simulation.measure(),
     "fidelity": fidelity.measure,
     "live_policies": live_policies.measure,
 }

@@ -13,8 +13,9 @@ from aptserve.evaluation.goodput import Bound, crossing
 from aptserve.evaluation.intervals import estimate, half_width
 
 from benchmarks.common import describe_machine
-from benchmarks.live_service import POLICIES, Load, Played, interleaved, play_all, services
+from benchmarks.live_service import Load, Played, interleaved, play_all, services
 
+POLICIES = ("fcfs", "apt", "apt-slo")
 TARGET = 0.9
 TIMES, QUICK_TIMES = (0.3, 0.6, 1.0, 1.8), (0.5, 1.5)
 """Rates over the one that keys and values alone have the memory for."""
@@ -36,7 +37,8 @@ def measure(_folder: Path, *, quick: bool = False) -> dict[str, Any]:
 
 
 async def _play(*, quick: bool) -> tuple[Load, list[Played]]:
-    cases = interleaved(QUICK_TIMES if quick else TIMES, QUICK_SEEDS if quick else SEEDS)
+    times, seeds = (QUICK_TIMES, QUICK_SEEDS) if quick else (TIMES, SEEDS)
+    cases = interleaved(times, seeds, POLICIES)
     async with services(POLICIES) as running:
         return await play_all(running, cases, QUICK_NUM_REQUESTS if quick else NUM_REQUESTS)
 

@@ -243,13 +243,15 @@ async def play_all(
     return load, played
 
 
-def interleaved(times: Sequence[float], seeds: Sequence[int]) -> list[Case]:
+def interleaved(
+    times: Sequence[float], seeds: Sequence[int], policies: Sequence[str] = POLICIES
+) -> list[Case]:
     """All policies one after the other on each trace, each time another one first."""
     grid = [(seed, factor) for seed in seeds for factor in times]
     return [
-        Case(POLICIES[(turn + place) % len(POLICIES)], factor, seed)
+        Case(policies[(turn + place) % len(policies)], factor, seed)
         for turn, (seed, factor) in enumerate(grid)
-        for place in range(len(POLICIES))
+        for place in range(len(policies))
     ]
 
 

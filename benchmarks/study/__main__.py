@@ -57,6 +57,7 @@ PARTS: dict[str, Callable[[int, tuple[int, ...]], Jobs]] = {
     **{workload.name: partial(_factorial, workload.name) for workload in WORKLOADS},
     "overload": extremes.overload_jobs,
     "no_gain": extremes.no_gain_jobs,
+    "long_run": extremes.long_run_jobs,
     "optimum": extremes.optimum_jobs,
 }
 

@@ -14,9 +14,9 @@ from aptserve_scheduler.sim.runs import CellSpec, run_cell
 from benchmarks.study.cells import ABSORBED, KV_ONLY, cell
 from benchmarks.study.runs import at_rates
 
-PARTS = ("overload", "no_gain", "optimum")
+PARTS = ("overload", "no_gain", "optimum", "long_run")
 OVERLOADS = (1.5, 2.0)
-HYBRID = ("apt", "apt-slo", "apt-slo:unbounded")
+HYBRID = ("apt", "apt-slo", "apt-slo:steady", "apt-slo:unbounded")
 _AT_ONCE = 1000.0
 """Requests per second that nothing here can serve."""
 _EQUAL_LENGTH = 256
@@ -31,7 +31,7 @@ def overload_jobs(num_requests: int, seeds: tuple[int, ...]) -> Jobs:
         cell("sharegpt", 1.0, name, ABSORBED if name in HYBRID else KV_ONLY, num_requests)
         for name in names
     ]
-    return [partial(overloaded, spec, seeds) for spec in specs]
+    return [partial(overloaded, spec, seeds[:3]) for spec in specs]
 
 
 def overloaded(spec: CellSpec, seeds: tuple[int, ...]) -> list[RunReport]:
@@ -53,16 +53,33 @@ def no_gain_jobs(num_requests: int, seeds: tuple[int, ...]) -> Jobs:
     ]
     pairs = [("fcfs", KV_ONLY), ("chunked", KV_ONLY), ("apt", ABSORBED), ("apt-slo", ABSORBED)]
     return [
-        partial(at_rates, cell(source, 1.0, policy, system, num_requests, objectives), rates, seeds)
+        partial(
+            at_rates, cell(source, 1.0, policy, system, num_requests, objectives), rates, seeds[:3]
+        )
         for source, rates, objectives in cases
         for policy, system in pairs
     ]
 
 
+def long_run_jobs(num_requests: int, seeds: tuple[int, ...]) -> Jobs:
+    """Four times as many requests: what a run that soon ends would hide."""
+    pairs = [(KV_ONLY, name) for name in ("fcfs", "chunked", "apt", "apt-slo", "apt-slo:steady")]
+    pairs += [(ABSORBED, name) for name in ("apt", "apt-slo", "apt-slo:steady")]
+    return [
+        partial(
+            at_rates,
+            cell("sharegpt", 1.0, policy, system, 4 * num_requests),
+            (1.7, 2.5),
+            seeds[:2],
+        )
+        for system, policy in pairs
+    ]
+
+
 def optimum_jobs(num_requests: int, seeds: tuple[int, ...]) -> Jobs:
     """The paper's problem solved exactly in every iteration, on few requests: it is slow."""
-    few = min(num_requests, 150)
+    few = min(num_requests, 120)
     return [
-        partial(at_rates, cell("sharegpt", 1.0, policy, ABSORBED, few), (1.7, 2.5, 3.75), seeds[:3])
+        partial(at_rates, cell("sharegpt", 1.0, policy, ABSORBED, few), (2.5, 3.75), seeds[:2])
         for policy in ("apt", "optimal")
     ]

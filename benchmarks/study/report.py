@@ -1,4 +1,4 @@
-"""docs/study from its JSON files: tables in its README, figures, and a page of each part."""
+"""docs/study from its JSON files: tables in its README, and figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from statistics import fmean, geometric_mean
 from aptserve.evaluation import Bound, Evaluation, Goodput, RunReport, Summary
 from aptserve.evaluation.figures import figures_of
 from aptserve.evaluation.files import load_evaluation
-from aptserve.evaluation.page import html_page
 from tabulate import tabulate
 
 from benchmarks.study.cells import (
@@ -71,16 +70,18 @@ def _size(evaluation: Evaluation) -> str:
 def _draw(evaluation: Evaluation, folder: Path, name: str) -> None:
     for number, figure in enumerate(figures_of(evaluation), 1):
         (folder / f"{name}_{number}.png").write_bytes(figure.png())
-    (folder / f"{name}.html").write_text(html_page(evaluation, f"Study: {name}"))
 
 
 def _table(rows: Iterable[list[str]], headers: list[str]) -> str:
     return str(tabulate(list(rows), headers, tablefmt="github", disable_numparse=True))
 
 
-def _pairs() -> list[tuple[str, str]]:
+def _pairs(goodputs: _Found, workload: str) -> list[tuple[str, str]]:
+    """System and policy of each row: as in the factorial, variants last."""
     pairs = [(KV_ONLY, policy) for policy in KV_POLICIES]
-    return pairs + [(system, policy) for system in SYSTEMS for policy in HYBRID_POLICIES]
+    pairs += [(system, policy) for system in SYSTEMS for policy in HYBRID_POLICIES]
+    found = {(system, policy) for name, system, _, policy, _ in goodputs if name == workload}
+    return [pair for pair in pairs if pair in found] + sorted(found - set(pairs))
 
 
 def _rate(found: Goodput | None) -> str:
@@ -99,7 +100,7 @@ def _goodput_table(goodputs: _Found, workload: str) -> str:
     rows = [
         [f"`{policy}`", system]
         + [_rate(goodputs.get((workload, system, cv, policy, target))) for cv, target in columns]
-        for system, policy in _pairs()
+        for system, policy in _pairs(goodputs, workload)
     ]
     headers = ["policy", "system", *(f"{target:.0%}, CV {cv:g}" for cv, target in columns)]
     return _table(rows, headers)
@@ -213,16 +214,35 @@ def _attainment_table(evaluation: Evaluation) -> str:
                 f"{100 * found.mean:.1f}{width} %",
                 f"{_mean(summary, lambda run: run.longest_wait_seconds):.1f}",
                 f"{_mean(summary, lambda run: run.num_preemptions):.0f}",
+                f"{_mean(summary, lambda run: run.output_tokens_per_second):.0f}",
+                f"{_mean(summary, _drain_share):.2f}",
             ]
         )
     rows.sort(key=lambda row: (row[0], float(row[1])))
     return _table(
-        rows, ["workload", "rate", "policy", "system", "good", "longest wait, s", "preemptions"]
+        rows,
+        [
+            "workload",
+            "rate",
+            "policy",
+            "system",
+            "good",
+            "longest wait, s",
+            "preemptions",
+            "tokens/s",
+            "drain",
+        ],
     )
+
+
+def _drain_share(run: RunReport) -> float:
+    """Time from the last arrival to the last end, relative to the time of the arrivals."""
+    return run.duration_seconds / run.arrival_span_seconds - 1
 
 
 _TABLES: dict[str, Callable[[Evaluation], str]] = {
     "overload": _overload_table,
     "no_gain": _attainment_table,
+    "long_run": _attainment_table,
     "optimum": _attainment_table,
 }

@@ -8,13 +8,15 @@ iteration is a mixed batch, put together in this order:
 1. **The overdue** that have a right to memory; see the bound below.
 2. **Go on.** Each running request gets its next token, those whose prompt is under way the next
    chunk of it. When the pool is too small for their growth, late ones lose their memory, the latest
-   arrivals first, then live ones, the costliest first. Cost of a request: the units it holds and
-   half of those it will grow by, times the tokens it still has to come.
+   arrivals first, then live ones, those that can be paused before the others, each the costliest
+   first. Cost of a request: the units it holds and half of those it will grow by, times the tokens
+   it still has to come.
 3. **Admit** live requests in order of the time by which they must start. Where the memory or the
    time that is due by then exceeds what there will be, the costliest requests before it are put off
    (:func:`~aptserve_scheduler.policies.deadlines.keep_most`). The memory is what is free, what late
    running requests hold and lose if need be, and a forecast of what the others will give back. Once
-   all others are in, those put off may use what is free.
+   all others are in, those put off may use what is free. Then, or when memory is too short now for
+   all the others, those put off start by *pausing*; see below.
 4. **The late** start, in order of arrival, when every live request is in that could be, with memory
    that the running requests will not grow into soon.
 
@@ -32,7 +34,25 @@ How caches and chunks come to their size:
 
 Output lengths are the caller's guess where given, otherwise learned from the service's own history.
 
-**Bound.** A late request whose age exceeds its TTFT objective by ``patience_seconds`` is *overdue*.
+**Pausing.** The objective for the times between tokens is for their P99, so of every hundred one
+may be as long as it likes. A live request that has such a time to spare (``miss_after_seconds`` is
+infinite) can be paused: it loses its memory and waits like one that has not begun, its tokens so
+far to be computed anew. This is done for a waiting live request that was put off and cannot wait
+itself (``miss_after_seconds`` is finite). All memory it starts with must come from paused ones, the
+costliest first; what is free stays free. Nobody is looked at for it while what is free and held by
+the late is too small for the shortest waiting request. A pause ends when there is memory, among
+the live with the latest of deadlines, or when the line below comes to it.
+
+This makes use of how the objective is worded. Who is paused meets it, but sees the output stand
+still: for seconds as a rule, under overload for as long as the bound allows. ``apt-slo:steady``
+pauses nobody: it stops a running live request only when memory runs out or the line needs it.
+
+**Bound.** A request is *overdue* when
+
+* it is late and its age exceeds its TTFT objective by more than ``patience_seconds``, or
+* ``miss_after_seconds`` is infinite, and the time since its last token exceeds its TTFT objective
+  by more than ``patience_seconds``; so whoever was paused is, until it has its next token.
+
 A worker's overdue, running there or waiting, form a line: higher priority first, then earlier
 arrival. The head of the line is in every batch, with a token or at least 64 of its prompt where the
 batch may have so many. Whoever else holds memory gives way for it, and it never does. Only memory
@@ -40,7 +60,9 @@ of requests whose end is in flight must be waited for; then there is no batch un
 So an overdue request waits at most for as many batches as those ahead of it have tokens to come and
 chunks of prompts. Ahead of it can come whoever arrived earlier or has a higher priority: a stream
 of higher priorities may hold it up for ever, but no later arrival of its own. Those who follow the
-head have the same right while all of them together fit ``lane_share`` of the pool.
+head have the same right while all of them together fit ``lane_share`` of the pool. In
+``apt-slo:unbounded`` patience is infinite: nobody is ever overdue, the late and the paused may wait
+for as long as others keep the memory.
 
 Priorities order the late; of the live, each level halves what a request seems to cost. Tenants are
 not told apart.
@@ -82,13 +104,17 @@ _SPARE_SHARE = 0.2
 class AptSloConfig:
     """Settings of the policy; ValueError names a field out of range."""
 
-    patience_seconds: float = 30.0
-    """A late request this much older than its TTFT objective is overdue. Infinite: nobody ever is,
-    and waiting has no bound; the policy's name says so then."""
+    patience_seconds: float = 60.0
+    """A late request this much older than its TTFT objective is overdue, and a paused one that has
+    waited for so much longer. Infinite: nobody ever is, and waiting has no bound; the policy's name
+    says so then."""
     lane_share: float = 0.01
     """Share of the pool for overdue requests; the first of them has its place in any case."""
     slack_share: float = 0.5
     """Share of the smallest slack in the batch that an iteration may take."""
+    pauses: bool = True
+    """Whether to use that a long time between tokens now and then costs no P99 objective. Without,
+    as the policy's name then says, a request that runs is only stopped when memory runs out."""
     iteration_share: float = 0.25
     """Longest iteration while requests wait, as a share of their smallest TTFT objective."""
 
@@ -110,6 +136,8 @@ class AptSloPolicy(Policy):
         self.config = config or AptSloConfig()
         if np.isinf(self.config.patience_seconds):
             self.name = "apt-slo:unbounded"
+        elif not self.config.pauses:
+            self.name = "apt-slo:steady"
         self._history = OutputPredictor()
 
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
@@ -154,7 +182,14 @@ class _Round:
         )
         in_line = np.zeros(len(running), np.bool_)
         in_line[[row for runs, row in line if runs]] = True
-        self.room = Room(problem, outlook.growth, running.missed, in_line, outlook.costs)
+        self.room = Room(
+            problem,
+            outlook.growth,
+            late=running.missed,
+            can_pause=np.isinf(running.miss_after_seconds) & self.config.pauses,
+            protected=in_line,
+            costs=outlook.costs,
+        )
         # Only beside requests whose end is in flight can the head of the line lack memory.
         if not self.room.fit_growth():
             return None
@@ -222,14 +257,30 @@ class _Round:
             if self.room.take(int(self.outlook.first_units[row]), from_late=True):
                 self.batch.start(row)
         if not fits.all():
+            self._start_by_pausing(put_off)
             return False
         fits = first_fits(self.outlook.first_units[put_off], self.room.num_free)
-        return self._start_free(put_off[fits])
+        if not self._start_free(put_off[fits]):
+            return False
+        return self._start_by_pausing(put_off[~fits])
+
+    def _start_by_pausing(self, rows: Ints) -> bool:
+        """Begin those who cannot wait in the place of others who can; False: nothing is left."""
+        cannot_wait = np.isfinite(self.problem.waiting.miss_after_seconds[rows])
+        for row in rows[cannot_wait].tolist():
+            if not self.batch.has_place_for(row):
+                return False
+            if not self.room.take_by_pausing(int(self.outlook.first_units[row])):
+                return False
+            self.batch.start(row)
+        return not len(rows)
 
     def _live_by_deadline(self) -> tuple[Ints, Floats]:
         """Live waiting requests, in order; seconds until they must start."""
         outlook = self.outlook
-        rows = indices(~outlook.waiting_is_late)
+        is_left = ~outlook.waiting_is_late
+        is_left[self.batch.started] = False
+        rows = indices(is_left)
         deadlines = outlook.waiting_slack[rows] - outlook.waiting_prefill[rows]
         if len(rows) > _MOST_LIVE:
             first = np.argpartition(deadlines, _MOST_LIVE)[:_MOST_LIVE]

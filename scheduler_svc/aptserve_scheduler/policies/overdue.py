@@ -1,4 +1,4 @@
-"""The line of those who have been late for too long, and how many of it have a right to memory."""
+"""The line of those who waited for too long, and how many of it have a right to memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def overdue_line(
     of the pool, what requests whose end is in flight leave of it, and the worker's rows.
     """
     running, waiting = problem.running, problem.waiting
-    over_running = _overdue(running, running.missed & running.schedulable, patience_seconds)
-    over_waiting = _overdue(waiting, outlook.waiting_is_late, patience_seconds)
+    is_over = _is_overdue(running, running.missed, patience_seconds)
+    over_running = indices(is_over & running.schedulable)
+    over_waiting = indices(_is_overdue(waiting, outlook.waiting_is_late, patience_seconds))
     if not len(over_running) + len(over_waiting):
         return []
     age = np.concatenate([running.age_seconds[over_running], waiting.age_seconds[over_waiting]])
@@ -44,10 +45,14 @@ def overdue_line(
     return list(map(InLine, runs.tolist(), rows.tolist()))
 
 
-def _overdue(candidates: Candidates, is_late: Bools, patience_seconds: float) -> Ints:
-    if not np.count_nonzero(is_late):
-        return np.zeros(0, np.int64)
-    return indices(is_late & (candidates.age_seconds > candidates.ttft_seconds + patience_seconds))
+def _is_overdue(candidates: Candidates, is_late: Bools, patience_seconds: float) -> Bools:
+    """[n] who is late and too old, or without a token for as long although that is forgiven."""
+    most_seconds = candidates.ttft_seconds + patience_seconds
+    # The second must hold until the token is there: a prompt under way could be paused again.
+    is_paused = np.isinf(candidates.miss_after_seconds)
+    is_paused &= candidates.pending_seconds > most_seconds
+    over: Bools = is_late & (candidates.age_seconds > most_seconds) | is_paused
+    return over
 
 
 def _num_with_right(problem: BatchProblem, num_units: Ints, lane_share: float) -> int:

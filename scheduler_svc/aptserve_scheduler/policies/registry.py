@@ -23,6 +23,7 @@ from aptserve_scheduler.policies.wait import WaitConfig, WaitPolicy
 _FACTORIES: dict[str, Callable[[], Policy]] = {
     "apt": AptPolicy,
     "apt-slo": AptSloPolicy,
+    "apt-slo:steady": lambda: AptSloPolicy(AptSloConfig(pauses=False)),
     "apt-slo:unbounded": lambda: AptSloPolicy(AptSloConfig(patience_seconds=math.inf)),
     "chunked": ChunkedPolicy,
     "fcfs": FcfsPolicy,

@@ -15,8 +15,9 @@ from aptserve_scheduler.policies.common import indices
 class Room:
     """What is free once the running requests have grown, and those who may lose what they hold.
 
-    They do so in this order: the late, latest arrival first; the live, costliest first. Protected
-    ones never do, nor those whose end is in flight.
+    They do so in this order: the late, latest arrival first; the live that can afford a pause,
+    costliest first; the other live, costliest first. Protected ones never do, nor those whose end
+    is in flight.
     """
 
     def __init__(
@@ -24,13 +25,15 @@ class Room:
         problem: BatchProblem,
         growth: Ints,
         late: Bools,
+        can_pause: Bools,
         protected: Bools,
         costs: Callable[[], Floats],
     ) -> None:
         """All arrays are [n] over ``problem.running``.
 
-        ``growth``: units that the next step of each takes; ``costs``: what it costs to let each go
-        on, asked for only once somebody live must give way.
+        ``growth``: units that the next step of each takes; ``can_pause``: whom a long time without
+        a token costs no objective; ``costs``: what it costs to let each go on, asked for only once
+        somebody live must give way.
         """
         running = problem.running
         self.num_free = problem.num_free_units - int(growth.sum())
@@ -42,6 +45,7 @@ class Room:
         self._released: list[int] = (running.num_units + growth).tolist()
         self._costs = costs
         self._is_live = running.schedulable & ~protected & ~late
+        self._can_pause = can_pause
         latest_first = indices(running.schedulable & ~protected & late)[::-1]
         self._late = deque(latest_first.tolist())
 
@@ -59,14 +63,16 @@ class Room:
         """Make what is free cover the growth; False if even then it does not."""
         while self.num_free < 0 and self._late:
             self._evict(self._late.popleft())
-        while self.num_free < 0 and self._live:
-            self._evict(self._live.popleft())
+        if self.num_free < 0:
+            for queue in (self._patient, self._live):
+                while self.num_free < 0 and queue:
+                    self._evict(queue.popleft())
         return self.num_free >= 0
 
     def take(self, num_units: int, *, from_late: bool = False, from_live: bool = False) -> bool:
         """A place for a request that needs so much, if need be from others; False: nothing done."""
         if self.num_free < num_units or self.num_seats < 1:
-            queues = [self._late] * from_late + [self._live] * from_live
+            queues = [self._late] * from_late + [self._patient, self._live] * from_live
             if self.num_free + sum(map(self._held_by, queues)) < num_units:
                 return False
             if self.num_seats < 1 and not any(queues):
@@ -78,10 +84,28 @@ class Room:
         self.num_seats -= 1
         return True
 
+    def take_by_pausing(self, num_units: int) -> bool:
+        """A place for a request that needs so much, all of it from some that can pause."""
+        if self._held_by(self._patient) < num_units:
+            return False
+        before = self.num_free
+        while self.num_free - before < num_units:
+            self._evict(self._patient.popleft())
+        return self.take(num_units)
+
+    @cached_property
+    def _patient(self) -> deque[int]:
+        return self._costliest_first(self._is_live & self._can_pause)
+
     @cached_property
     def _live(self) -> deque[int]:
-        live = indices(self._is_live)
-        return deque(live[np.argsort(-self._costs()[live], kind="stable")].tolist())
+        return self._costliest_first(self._is_live & ~self._can_pause)
+
+    def _costliest_first(self, among: Bools) -> deque[int]:
+        rows = indices(among)
+        if len(rows) > 1:
+            rows = rows[np.argsort(-self._costs()[rows], kind="stable")]
+        return deque(rows.tolist())
 
     def _held_by(self, rows: Iterable[int]) -> int:
         return sum(map(self._released.__getitem__, rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from aptserve_scheduler.core import CostCoefficients, Tier
 from aptserve_scheduler.policies import BatchProblem, Decision
@@ -37,6 +39,12 @@ def decoding(num_computed: int, slack: float = 9.0, **changes: object) -> Row:
     return Row(num_computed, num_computed + 1, **{**fields, **changes})  # type: ignore[arg-type]
 
 
+def pausable(num_computed: int, **changes: object) -> Row:
+    """A long gap is forgiven it; it has so much to come that no memory of it is counted on."""
+    endless = {"expected_output_tokens": 10**6, "max_num_tokens": 10**6}
+    return decoding(num_computed, math.inf, **{**endless, **changes})
+
+
 def late(row: Row) -> Row:
     return Row(**{**vars(row), "miss_after_seconds": -1.0})
 
@@ -66,6 +74,13 @@ def test_then_the_costliest_of_the_live(to_come: tuple[int, int]) -> None:
     rows = [decoding(14, expected_output_tokens=num) for num in to_come]
     decision = decide(make_problem(rows, tiers=(KV,), num_units=56))
     assert decision.preempted.tolist() == [to_come.index(9)]
+
+
+@pytest.mark.parametrize(("pauses", "expected"), [(True, 1), (False, 0)])
+def test_but_before_them_those_that_can_be_paused(pauses: bool, expected: int) -> None:
+    rows = [decoding(14, expected_output_tokens=9), pausable(14, expected_output_tokens=1)]
+    decision = decide(make_problem(rows, tiers=(KV,), num_units=56), pauses=pauses)
+    assert decision.preempted.tolist() == [expected]
 
 
 def test_a_level_of_priority_halves_the_cost_of_a_live_request() -> None:
@@ -120,6 +135,49 @@ def test_the_late_leave_what_the_running_grow_into() -> None:
     rows = [decoding(10, expected_output_tokens=9)]  # 22 units now, 18 more soon, 58 in all
     assert 1 not in chosen(decide(make_problem(rows, [late(waiting(9))], **KV_ALONE)))
     assert 1 in chosen(decide(make_problem(rows, [late(waiting(8))], **KV_ALONE)))
+
+
+# Pausing
+
+
+def with_put_off(row: Row, put_off: Row, **config: float) -> tuple[dict[int, int], list[int]]:
+    """Beside a running request, one of 14 units that starts, and a costlier one put off."""
+    problem = make_problem([row], [waiting(6), put_off], **KV_ALONE)
+    decision = decide(problem, **config)
+    return chosen(decision), decision.preempted.tolist()
+
+
+CANNOT_WAIT = waiting(12)  # 26 units
+
+
+def test_who_cannot_wait_starts_in_the_place_of_one_who_can_be_paused() -> None:
+    assert with_put_off(pausable(20), CANNOT_WAIT) == ({1: 6, 2: 12}, [0])
+
+
+def test_without_pauses_nobody_gives_way_for_it() -> None:
+    assert with_put_off(pausable(20), CANNOT_WAIT, pauses=False) == ({0: 1, 1: 6}, [])
+
+
+def test_nobody_gives_way_for_it_who_would_miss_an_objective() -> None:
+    row = pausable(20, miss_after_seconds=10.0)
+    assert with_put_off(row, CANNOT_WAIT) == ({0: 1, 1: 6}, [])
+
+
+def test_who_can_wait_does_so() -> None:
+    assert with_put_off(pausable(20), waiting(12, slack=math.inf)) == ({0: 1, 1: 6}, [])
+    assert with_put_off(pausable(20), late(waiting(12))) == ({0: 1, 1: 6}, [])
+
+
+def test_all_the_memory_comes_from_the_paused() -> None:
+    assert with_put_off(pausable(12), CANNOT_WAIT) == ({1: 6, 2: 12}, [0])  # 26 units with growth
+    assert with_put_off(pausable(11), CANNOT_WAIT) == ({0: 1, 1: 6}, [])  # 24, and 20 are free
+
+
+def test_the_costliest_are_paused_and_no_more_than_needed() -> None:
+    rows = [pausable(5), pausable(6), pausable(7, priority=9)]
+    problem = make_problem(rows, [waiting(1), waiting(9)], **KV_ALONE)  # 20 units for the latter
+    decision = decide(problem)
+    assert (chosen(decision), decision.preempted.tolist()) == ({2: 1, 3: 1, 4: 9}, [0, 1])
 
 
 # Tiers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,13 +19,27 @@ from support.scheduler import KV, make_worker
 CASES = [(tiers, depth) for tiers in TIER_SETS for depth in DEPTHS]
 
 
-def overdue(num_tokens: int, age: float = 50.0, num_computed: int = 0, **changes: object) -> Row:
+PATIENCE = AptSloConfig().patience_seconds
+TTFT = 10.0
+
+
+def overdue(num_tokens: int, over: float = 10.0, num_computed: int = 0, **changes: object) -> Row:
+    """A late request that has been overdue for so many seconds."""
+    age = TTFT + PATIENCE + over
     fields: dict[str, object] = {
         "pending_seconds": 1.0 if num_computed else age,
         "miss_after_seconds": -1.0,
         "age_seconds": age,
+        "ttft_seconds": TTFT,
     }
     return Row(num_computed, num_tokens, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def paused(num_tokens: int, over: float = 10.0, num_computed: int = 0, **changes: object) -> Row:
+    """One without a token for so much more than it must wait, which is forgiven it."""
+    waited = TTFT + PATIENCE + over
+    fields = {"pending_seconds": waited, "age_seconds": waited + 9, "miss_after_seconds": math.inf}
+    return overdue(num_tokens, over, num_computed, **{**fields, **changes})
 
 
 def decide(problem: BatchProblem, **config: float) -> Decision | None:
@@ -43,19 +59,19 @@ def served(
 def test_whoever_holds_memory_gives_way_for_the_head() -> None:
     live = Row(28, 29)
     assert served([live], [overdue(20)]) == ([1], [0])
-    late_but_patient = overdue(20, age=39.0)
+    late_but_patient = overdue(20, over=-1.0)
     assert served([live], [late_but_patient]) == ([0], [])
 
 
 def test_the_head_is_the_highest_priority_then_the_earliest() -> None:
-    rows = [overdue(20, age=60.0), overdue(20, priority=1), overdue(20, age=45.0, priority=1)]
+    rows = [overdue(20, over=20.0), overdue(20, priority=1), overdue(20, over=5.0, priority=1)]
     assert served([], rows) == ([1], [])
 
 
 def test_the_head_goes_first_however_small_the_batch() -> None:
     running = [Row(4, 5, pending_seconds=9.0), overdue(6, num_computed=5)]
     assert served(running, [], max_num_batched_tokens=1) == ([1], [])
-    running = [overdue(6, num_computed=5, age=45.0)]
+    running = [overdue(6, num_computed=5, over=5.0)]
     assert served(running, [overdue(8)], max_num_batched_tokens=1)[0] == [1]
 
 
@@ -72,12 +88,12 @@ def test_a_prompt_at_the_head_goes_on_when_there_is_no_time() -> None:
 
 
 def test_the_head_takes_the_row_of_one_behind_it() -> None:
-    running = [overdue(6, num_computed=5, age=45.0)]
+    running = [overdue(6, num_computed=5, over=5.0)]
     assert served(running, [overdue(8)], max_num_seqs=1) == ([1], [0])
 
 
 def test_those_who_follow_are_served_too_within_the_lane() -> None:
-    live, rows = Row(28, 29), [overdue(4, age=60.0), overdue(4)]  # 10 units each
+    live, rows = Row(28, 29), [overdue(4, over=20.0), overdue(4)]  # 10 units each
     problem = make_problem([live], rows, tiers=(KV,), max_num_batched_tokens=64)
     for share, expected in ((0.05, [1]), (0.4, [1, 2])):
         decision = decide(problem, lane_share=share)
@@ -94,29 +110,72 @@ def test_memory_in_flight_is_waited_for_when_the_head_needs_it() -> None:
     assert decide(make_problem([ending, growing], max_num_batched_tokens=64, tiers=(KV,))) is None
 
 
+def test_who_was_paused_for_too_long_heads_the_line() -> None:
+    live = Row(28, 29)
+    assert served([live], [paused(20)]) == ([1], [0])
+    assert served([live], [paused(20, over=-1.0)]) == ([0], [])
+    assert served([live], [overdue(20), paused(20, over=20.0)]) == ([2], [0])
+    assert served([live], [overdue(20, over=30.0), paused(20)]) == ([1], [0])
+
+
+def test_age_alone_does_not_make_a_paused_one_overdue() -> None:
+    row = paused(20, over=-1.0, age_seconds=10 * PATIENCE)
+    assert served([Row(28, 29)], [row]) == ([0], [])
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"pauses": False}, [1]), ({"patience_seconds": math.inf}, [0])],
+)
+def test_it_does_so_in_the_steady_variant_too_but_not_in_the_unbounded(
+    config: dict[str, float], expected: list[int]
+) -> None:
+    problem = make_problem([Row(28, 29)], [paused(20)], tiers=(KV,), max_num_batched_tokens=64)
+    decision = decide(problem, **config)
+    assert decision is not None
+    assert decision.slots.tolist() == expected
+
+
+def test_it_keeps_its_memory_until_its_token_is_there() -> None:
+    under_way = paused(20, num_computed=10)
+    assert served([under_way, Row(10, 11)], [], num_units=50) == ([0], [1])
+    cannot_wait = [Row(0, 2), Row(0, 8)]  # the second would need its memory
+    assert served([under_way], cannot_wait, num_units=50) == ([0, 1], [])
+    assert served([Row(4, 5), under_way], [], max_num_batched_tokens=8) == ([1], [])
+
+
 class WatchedPolicy(AptSloPolicy):
     """Asserts of each decision that the head of the line is in it, found without its code."""
 
-    num_heads = 0
+    num_heads = num_paused_heads = num_pauses = 0
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         decision = super().decide(problem)
+        can_pause = problem.running.slots[np.isinf(problem.running.miss_after_seconds)]
+        if decision is not None:
+            type(self).num_pauses += len(np.intersect1d(can_pause, decision.preempted))
         line = [*self._overdue(problem, runs=True), *self._overdue(problem, runs=False)]
         if not line:
             return decision
-        _, _, slot, num_remaining = max(line, key=lambda entry: entry[:2])
+        _, _, slot, num_remaining, is_paused = max(line, key=lambda entry: entry[:2])
         if decision is None:
             assert not problem.running.schedulable.all(), "nothing in flight holds memory or a row"
             return decision
         type(self).num_heads += 1
+        type(self).num_paused_heads += is_paused
         tokens = dict(zip(decision.slots.tolist(), decision.num_tokens.tolist(), strict=True))
         least = min(num_remaining, 64, problem.max_num_batched_tokens)
         assert tokens.get(slot, 0) >= least, "the head of the line is not served"
         assert slot not in decision.preempted
         return decision
 
-    def _overdue(self, problem: BatchProblem, *, runs: bool) -> list[tuple[int, float, int, int]]:
-        """Priority, age, slot and remaining tokens of each; those in flight have no say."""
+    def _overdue(
+        self, problem: BatchProblem, *, runs: bool
+    ) -> list[tuple[int, float, int, int, bool]]:
+        """Priority, age, slot, remaining tokens of each, and whether it was paused.
+
+        Those in flight have no say.
+        """
         candidates = problem.running if runs else problem.waiting
         found = []
         for row in range(len(candidates)):
@@ -126,11 +185,13 @@ class WatchedPolicy(AptSloPolicy):
             prompt = cost.seconds_per_sequence + cost.seconds_per_token * num_tokens
             prompt += cost.seconds_per_attention_pair * pairs
             is_late = slack < (0.0 if runs else prompt + cost.base_seconds)
-            over = candidates.age_seconds[row] - candidates.ttft_seconds[row]
-            if is_late and over > self.config.patience_seconds and candidates.schedulable[row]:
+            is_paused = bool(candidates.miss_after_seconds[row] == math.inf)
+            waited = (candidates.pending_seconds if is_paused else candidates.age_seconds)[row]
+            is_over = waited > candidates.ttft_seconds[row] + self.config.patience_seconds
+            if (is_late or is_paused) and is_over and candidates.schedulable[row]:
                 remaining = int(candidates.num_remaining_tokens[row])
                 age, priority = float(candidates.age_seconds[row]), int(candidates.priorities[row])
-                found.append((priority, age, int(candidates.slots[row]), remaining))
+                found.append((priority, age, int(candidates.slots[row]), remaining, is_paused))
         return found
 
 
@@ -203,3 +264,36 @@ def test_with_it_they_are_served_in_order_soon_after_they_are_overdue() -> None:
     large = [records[index] for index in LARGE]
     ends = [record.arrival_seconds + record.total_seconds for record in large]
     assert ends == sorted(ends)
+
+
+def play_pauses(patience_seconds: float, depth: int) -> SimResult:
+    """Outputs long enough for a gap to be forgiven, more of them than the worker keeps up with."""
+    num = 60
+    trace = Trace(
+        name="pauses",
+        arrival_seconds=0.35 * np.arange(num),
+        num_prompt_tokens=np.tile([10, 90, 30], num // 3),
+        num_output_tokens=np.tile([130, 250, 160, 210], num // 4),
+        tenants=("",) * num,
+        priorities=np.tile([0, 0, 0, 1, 0], num // 5),
+        note="",
+    )
+    spec = make_worker(tiers=(KV,), num_units=1200, max_num_batched_tokens=64, cost=COST)
+    return simulate(
+        trace,
+        SimConfig(
+            policy=WatchedPolicy(AptSloConfig(patience_seconds=patience_seconds)),
+            workers=(SimWorker(spec, TokenCost()),),
+            objectives=Objectives(1.0, 1.0),
+            pipeline_depth=depth,
+        ),
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_head_of_the_line_is_in_every_batch_if_it_was_paused_too(depth: int) -> None:
+    WatchedPolicy.num_paused_heads = WatchedPolicy.num_pauses = 0
+    result = play_pauses(0.3, depth)
+    assert all(record.completed for record in result.records)
+    assert WatchedPolicy.num_pauses > 3
+    assert WatchedPolicy.num_paused_heads > 5

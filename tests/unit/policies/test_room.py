@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from aptserve_scheduler.policies.base import Floats
 from aptserve_scheduler.policies.room import Room
 from support.problems import Row, make_problem
 
-ON_TIME, LATE = 10.0, 0.5
+ON_TIME, LATE, CAN_PAUSE = 10.0, 0.5, math.inf
 """After how many seconds a request that has waited for one misses."""
 
 
@@ -28,13 +30,13 @@ def make_room(
 ) -> Room:
     """A pool of 58 units, 2 per token; ``growth`` of each in units."""
     problem = make_problem(rows, **changes)
-    is_protected = np.isin(np.arange(len(rows)), protected)
     return Room(
         problem,
         np.full(len(rows), growth),
-        problem.running.missed,
-        is_protected,
-        lambda: np.array(costs or [1.0] * len(rows)),
+        late=problem.running.missed,
+        can_pause=np.isinf(problem.running.miss_after_seconds),
+        protected=np.isin(np.arange(len(rows)), protected),
+        costs=lambda: np.array(costs or [1.0] * len(rows)),
     )
 
 
@@ -63,13 +65,24 @@ def test_then_the_costliest_of_the_live_give_way() -> None:
     assert gone(room) == [1]
 
 
+@pytest.mark.parametrize(("growth", "expected"), [(2, [3]), (9, [2, 3]), (15, [1, 2, 3])])
+def test_those_that_can_pause_do_so_after_the_late_and_before_the_other_live(
+    growth: int, expected: list[int]
+) -> None:
+    rows = [running(5), running(10, CAN_PAUSE), running(6, CAN_PAUSE), running(7, LATE)]
+    room = make_room(rows, growth=growth, costs=[9.0, 1.0, 2.0, 1.0])
+    assert room.fit_growth()
+    assert gone(room) == expected
+
+
 def test_costs_are_asked_for_only_once_somebody_live_must_give_way() -> None:
     def costs() -> Floats:
         raise AssertionError("not needed")
 
-    problem = make_problem([running(29, LATE)])
-    none = np.zeros(1, np.bool_)
-    room = Room(problem, np.full(1, 2), problem.running.missed, none, costs)
+    problem = make_problem([running(20, LATE), running(9)])
+    none = np.zeros(2, np.bool_)
+    late = problem.running.missed
+    room = Room(problem, np.full(2, 2), late=late, can_pause=none, protected=none, costs=costs)
     assert room.fit_growth()
     assert gone(room) == [0]
 
@@ -114,3 +127,41 @@ def test_a_seat_is_needed_too() -> None:
     assert not room.take(1, from_late=True)
     assert room.take(1, from_late=True, from_live=True)
     assert (gone(room), room.num_seats) == ([0, 1], 0)
+
+
+PAUSABLE = [running(4, CAN_PAUSE), running(5, CAN_PAUSE), running(6), running(7, LATE)]
+
+
+@pytest.mark.parametrize(
+    ("num_units", "expected"), [(1, [1]), (10, [1]), (11, [0, 1]), (18, [0, 1]), (19, None)]
+)
+def test_a_place_by_pausing_takes_nothing_but_what_the_paused_held(
+    num_units: int, expected: list[int] | None
+) -> None:
+    room = make_room(PAUSABLE, costs=[1.0, 2.0, 9.0, 9.0])
+    free, seats = room.num_free, room.num_seats
+    assert room.take_by_pausing(num_units) == (expected is not None)
+    assert gone(room) == (expected or [])
+    released = 2 * sum((4, 5)[row] for row in expected or [])
+    assert room.num_free == free + released - (num_units if expected else 0)
+    assert room.num_free >= free
+    assert room.num_seats == seats + len(expected or []) - bool(expected)
+
+
+def test_a_place_by_pausing_needs_no_free_seat() -> None:
+    room = make_room(PAUSABLE, max_num_seqs=4)
+    assert room.take_by_pausing(8)
+    assert room.num_seats == 0
+
+
+def test_the_protected_are_not_paused() -> None:
+    room = make_room(PAUSABLE, protected=(0,))
+    assert not room.take_by_pausing(11)
+    assert room.take_by_pausing(10)
+    assert gone(room) == [1]
+
+
+def test_who_can_pause_gives_way_to_the_line_before_the_other_live() -> None:
+    room = make_room(PAUSABLE, costs=[1.0, 2.0, 9.0, 1.0])
+    assert room.take(14 + 14 + 18, from_late=True, from_live=True)
+    assert gone(room) == [0, 1, 3]
