@@ -39,7 +39,7 @@ from benchmarks.live_service import (
 TIMES = (0.6, 1.2)
 """Rates over the one that keys and values alone have the memory for: moderate and too much."""
 SEEDS, QUICK_SEEDS = (1, 2, 3), (1,)
-NUM_REQUESTS, QUICK_NUM_REQUESTS = 80, 30
+NUM_REQUESTS, QUICK_NUM_REQUESTS = 60, 30
 
 
 def measure(folder: Path, *, quick: bool = False) -> dict[str, Any]:
