@@ -74,9 +74,6 @@ def factorial(workload: Workload, num_requests: int) -> list[CellSpec]:
     """Systems x policies x burstiness of one workload."""
     pairs = [(KV_ONLY, policy) for policy in KV_POLICIES]
     pairs += [(system, policy) for system in SYSTEMS for policy in HYBRID_POLICIES]
-    if workload.name == "sharegpt":
-        pairs += [(ABSORBED, name) for name in ("apt-slo:unbounded", "apt-slo:steady")]
-        pairs += [(KV_ONLY, "apt-slo:steady")]
     return [
         replace(
             cell(workload.name, cv, policy, system, num_requests),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
+from typing import NamedTuple
 
 from aptserve.evaluation import Bound, Evaluation, Goodput, RunReport, Summary
 from aptserve.evaluation.figures import figures_of
@@ -106,72 +108,76 @@ def _goodput_table(goodputs: _Found, workload: str) -> str:
     return _table(rows, headers)
 
 
-_RATIOS: tuple[tuple[str, Callable[[_Found, str, float, float], float | None]], ...] = (
-    ("`apt` KV only / `fcfs`", lambda f, w, c, t: _ratio(f, w, c, t, ("apt", KV_ONLY), ["fcfs"])),
-    (
-        "`apt` re-projected / `fcfs`",
-        lambda f, w, c, t: _ratio(f, w, c, t, ("apt", REPROJECTED), ["fcfs"]),
-    ),
-    (
-        "`apt` absorbed / `fcfs`",
-        lambda f, w, c, t: _ratio(f, w, c, t, ("apt", ABSORBED), ["fcfs"]),
-    ),
-    (
-        "`apt-slo` absorbed / `fcfs`",
-        lambda f, w, c, t: _ratio(f, w, c, t, ("apt-slo", ABSORBED), ["fcfs"]),
-    ),
-    (
-        "`apt-slo` absorbed / best of fcfs, chunked, qos, qos:eager",
-        lambda f, w, c, t: _ratio(f, w, c, t, ("apt-slo", ABSORBED), list(KV_POLICIES)),
-    ),
-    (
-        "`apt-slo` KV only / best of the same",
-        lambda f, w, c, t: _ratio(f, w, c, t, ("apt-slo", KV_ONLY), list(KV_POLICIES)),
-    ),
+@dataclass(frozen=True, slots=True)
+class _Ratio:
+    """Our goodput over that of the best of some others, which run on KV only unless told."""
+
+    policy: str
+    system: str
+    others: tuple[str, ...]
+    others_name: str
+    others_system: str = KV_ONLY
+
+    @property
+    def name(self) -> str:
+        return f"`{self.policy}`, {self.system} / {self.others_name}"
+
+    def of(self, goodputs: _Found, workload: str, cv: float, target: float) -> _Value | None:
+        ours = goodputs.get((workload, self.system, cv, self.policy, target))
+        theirs = [
+            goodputs.get((workload, self.others_system, cv, name, target)) for name in self.others
+        ]
+        known = [found for found in theirs if found is not None]
+        if ours is None or ours.bound is Bound.BELOW or not known:
+            return None
+        best = max(known, key=lambda found: found.rate)
+        if best.bound is Bound.AT_LEAST:
+            return None
+        is_floor = ours.bound is Bound.AT_LEAST or best.bound is Bound.BELOW
+        return _Value(ours.rate / best.rate, is_floor)
+
+
+class _Value(NamedTuple):
+    """A ratio; a floor where one of the two rates is only known to lie beyond those run."""
+
+    value: float
+    is_floor: bool
+
+
+_BEST = (tuple(KV_POLICIES), "best of fcfs, chunked, qos, qos:eager")
+_RATIOS = (
+    *(_Ratio("apt", system, ("fcfs",), "`fcfs`") for system in SYSTEMS),
+    _Ratio("apt-slo", KV_ONLY, *_BEST),
+    _Ratio("apt-slo", ABSORBED, *_BEST),
     *(
-        (
-            f"`apt-slo` / `apt`, {system}",
-            lambda f, w, c, t, system=system: _over_apt(f, w, c, t, system),
-        )
-        for system in SYSTEMS
+        _Ratio("apt-slo", system, ("apt",), "`apt` on the same", system)
+        for system in (KV_ONLY, REPROJECTED, ABSORBED)
     ),
+    _Ratio("apt-slo", ABSORBED, ("apt",), "`apt`, KV only"),
 )
-
-
-def _known(found: Goodput | None) -> float | None:
-    return found.rate if found is not None and found.bound is Bound.FOUND else None
-
-
-def _ratio(
-    goodputs: _Found, workload: str, cv: float, target: float, who: tuple[str, str], base: list[str]
-) -> float | None:
-    policy, system = who
-    ours = _known(goodputs.get((workload, system, cv, policy, target)))
-    others = [_known(goodputs.get((workload, KV_ONLY, cv, name, target))) for name in base]
-    known = [rate for rate in others if rate is not None]
-    return ours / max(known) if ours and known else None
-
-
-def _over_apt(
-    goodputs: _Found, workload: str, cv: float, target: float, system: str
-) -> float | None:
-    ours = _known(goodputs.get((workload, system, cv, "apt-slo", target)))
-    theirs = _known(goodputs.get((workload, system, cv, "apt", target)))
-    return ours / theirs if ours and theirs else None
 
 
 def _ratio_table(goodputs: _Found) -> str:
     columns = [(workload.name, cv) for workload in WORKLOADS for cv in CVS]
     rows = []
     for target in TARGETS:
-        for name, ratio in _RATIOS:
-            values = [ratio(goodputs, workload, cv, target) for workload, cv in columns]
-            known = [value for value in values if value is not None]
-            cells = ["-" if value is None else f"{value:.2f}" for value in values]
-            mean = f"{geometric_mean(known):.2f} ({min(known):.2f})" if known else "-"
-            rows.append([f"{target:.0%}", name, *cells, mean])
+        for ratio in _RATIOS:
+            values = [ratio.of(goodputs, workload, cv, target) for workload, cv in columns]
+            known = [found for found in values if found is not None]
+            cells = ["-" if found is None else _shown(*found) for found in values]
+            if known:
+                mean = geometric_mean([found.value for found in known])
+                least = min(found.value for found in known)
+                summary = f"{_shown(mean, any(f.is_floor for f in known))} ({least:.2f})"
+            else:
+                summary = "-"
+            rows.append([f"{target:.0%}", ratio.name, *cells, summary])
     headers = ["at", "ratio", *(f"{workload}, CV {cv:g}" for workload, cv in columns)]
     return _table(rows, [*headers, "mean (least)"])
+
+
+def _shown(value: float, is_floor: bool) -> str:
+    return f">= {value:.2f}" if is_floor else f"{value:.2f}"
 
 
 def _overload_table(evaluation: Evaluation) -> str:
