@@ -12,7 +12,7 @@ from support.commands import Cli
         (["up", "--polcy", "apt"], "aptserve up: No such option: --polcy"),
         (
             ["up", "--policy", "best"],
-            "aptserve: --policy 'best': must be one of apt, apt-slo, chunked, ",
+            "aptserve: --policy 'best': must be one of apt, apt-slo, ",
         ),
         (["up", "--workers", "0"], "aptserve up: Invalid value for '--workers'"),
         (["up", "--listen", "here"], "aptserve: --listen 'here': must be HOST:PORT"),
