@@ -1,8 +1,10 @@
-"""Several equal iterations entered at once, for a simulator that knows how long each takes.
+"""Decodes entered in the books at once, for a simulator that knows how long each takes.
 
-Between two events a worker often decodes the same batch over and over. A policy that promises so
-(:meth:`~aptserve_scheduler.policies.base.Policy.repeats`) lets the books skip to the end of such a
-run: they are then as if each iteration had been planned and answered by itself.
+An iteration that gives each of its requests one more token needs no plan and no answer when both
+sides are the same program. Between two events a worker often decodes the same batch over and over,
+too; a policy that promises so (:meth:`~aptserve_scheduler.policies.base.Policy.repeats`) lets the
+books skip to the end of such a run. They are then as if each iteration had been planned and
+answered by itself.
 """
 
 from __future__ import annotations
@@ -36,31 +38,40 @@ class DecodeRun:
 def find_run(
     state: State, worker: WorkerState, problem: BatchProblem, decision: Decision, policy: Policy
 ) -> DecodeRun | None:
-    """The run that a decision starts; ``None`` when it stands for less than two iterations."""
-    table, slots = state.table, decision.slots
-    is_plain = (
-        not worker.in_flight
-        and not worker.releases
-        and not len(decision.preempted)
-        and bool((decision.num_tokens == 1).all())
-        # The last token of a chunked prompt looks like a decode, but a first token comes of it.
-        and bool(table.has_token[slots].all())
-    )
-    if not is_plain or worker.learns_costs or not policy.repeats(problem, decision):
+    """The run that a decision starts, of one iteration if it will not be repeated.
+
+    ``None`` when it does anything else than give running requests a token each, or when a request
+    would reach its ``max_tokens`` by the first iteration.
+    """
+    if not _is_plain(state, worker, decision) or worker.learns_costs:
         return None
+    table, slots = state.table, decision.slots
     num_cached = table.num_computed[slots]
     tiers = table.tier[slots]
     left = int((table.max_total[slots] - num_cached).min()) - 2
-    max_steps = _steps_in_memory(worker, num_cached, tiers, min(left, _MAX_STEPS))
-    if max_steps < 2:
+    most = min(left, _MAX_STEPS if policy.repeats(problem, decision) else 1)
+    max_steps = _steps_in_memory(worker, num_cached, tiers, most)
+    if max_steps < 1:
         return None
     return DecodeRun(
         slots=slots,
-        request_ids=tuple(table.request_ids[slot] for slot in slots.tolist()),
+        request_ids=tuple([table.request_ids[slot] for slot in slots.tolist()]),
         tiers=tiers,
         num_cached=num_cached,
         max_steps=max_steps,
     )
+
+
+def _is_plain(state: State, worker: WorkerState, decision: Decision) -> bool:
+    """Whether running requests get a token each and nothing else happens."""
+    table, slots = state.table, decision.slots
+    if worker.in_flight or worker.releases or len(decision.preempted):
+        return False
+    # The last token of a chunked prompt looks like a decode, but a first token comes of it.
+    is_decode = table.has_token[slots] & (table.worker[slots] == worker.index)
+    is_decode &= table.num_known[slots] == table.num_computed[slots] + 1
+    is_decode &= (decision.num_tokens == 1) & (decision.tiers == table.tier[slots])
+    return bool(is_decode.all())
 
 
 def _steps_in_memory(worker: WorkerState, num_cached: Ints, tiers: Tiers, most: int) -> int:
@@ -96,10 +107,12 @@ def enter_run(
     table.num_computed[slots] += num_steps
     table.num_known[slots] += num_steps
     after = worker.ledger.units_for(table.num_computed[slots], run.tiers)
-    worker.ledger.take(int(after.sum() - table.units[slots].sum()))
+    growth = after - table.units[slots]
+    worker.ledger.take(int(growth.sum()))
     table.units[slots] = after
-    for sequence, units in zip(table.sequence[slots].tolist(), after.tolist(), strict=True):
-        worker.count.record(sequence, units, units)
+    for entry in growth.nonzero()[0].tolist():
+        units = int(after[entry])
+        worker.count.record(int(table.sequence[slots[entry]]), units, units)
     worker.next_plan_id += num_steps
     worker.num_steps += num_steps
     total = float(ends[-1]) - now

@@ -209,7 +209,12 @@ def _choose_waiting(
     waiting = problem.waiting
     seats = problem.max_num_seqs - len(problem.running)
     room = going_on.num_units_left - view.headroom
-    if not len(waiting) or seats <= 0 or room <= 0 or not going_on.num_tokens_left:
+    if (
+        not len(waiting)
+        or seats <= 0
+        or not going_on.num_tokens_left
+        or room < _least_units(problem)
+    ):
         return np.zeros(0, np.int64), np.zeros(0, np.int8)
     offers = _by_size(problem)
     numbers = np.array([tier.tier for tier in offers], np.int8)
@@ -232,6 +237,12 @@ def _choose_waiting(
     choice = solver(Knapsack(values, needs, (room, going_on.num_tokens_left, seats)))
     chosen = indices(choice != NOT_CHOSEN)
     return chosen, numbers[choice[chosen]]
+
+
+def _least_units(problem: BatchProblem) -> int:
+    """What the shortest of the waiting takes with its first token, in the smallest tier."""
+    num_blocks = (int(problem.waiting.num_tokens.min()) + problem.block_size) // problem.block_size
+    return num_blocks * min(tier.units_per_block for tier in problem.tiers)
 
 
 def _by_size(problem: BatchProblem) -> list[TierSpec]:

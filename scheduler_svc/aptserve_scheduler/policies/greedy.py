@@ -273,17 +273,28 @@ class _Packing:
         return num_taken
 
     def _take_one_by_one(self, rest: _Increments, steps: list[list[int]]) -> None:
-        entries = zip(rest.rows.tolist(), rest.after.tolist(), *steps, strict=True)
-        for place, (row, option, *need) in enumerate(entries):
-            if option >= self._barred[row]:
+        rows, options = rest.rows.tolist(), rest.after.tolist()
+        left = self._left
+        barred: dict[int, int] = {}
+        """What this loop adds to ``_barred``; what was barred before is not in ``rest``."""
+        taken: list[int] = []
+        for place, need in enumerate(zip(*steps, strict=True)):
+            row = rows[place]
+            if row in barred:
                 continue
-            left = [have - takes for have, takes in zip(self._left, need, strict=True)]
-            if min(left) < 0:
-                self._barred[row] = option
+            after = [have - takes for have, takes in zip(left, need, strict=True)]
+            if min(after) < 0:
+                barred[row] = options[place]
                 self._note_unfit(rest, place)
             else:
-                self._left = left
-                self._choice[row] = option
+                left = after
+                taken.append(place)
+        self._left = left
+        if taken:
+            # A request's steps stand in the order of its options: the last one is the one to keep.
+            self._choice[rest.rows[taken]] = rest.after[taken]
+        if barred:
+            self._barred[list(barred)] = list(barred.values())
 
     def _those_that_fit(self, bases: _Increments, candidates: Bools) -> _Increments:
         """Candidates among the first steps that could still be taken."""
