@@ -87,6 +87,19 @@ class Outlook:
         """[n] expected further output tokens."""
         return self._tokens_to_come(self._problem.running, slice(None))
 
+    @property
+    def pool_seconds(self) -> Floats:
+        """[n] time that each still needs its memory, times the share of the pool that it holds."""
+        share = self._problem.running.num_units / self._problem.num_units
+        seconds: Floats = share * self.tokens_to_come * self.step_seconds
+        return seconds
+
+    @property
+    def anew_seconds(self) -> Floats:
+        """[n] time to compute each cache anew, if it were lost."""
+        num_tokens = self._problem.running.num_computed_tokens
+        return prompt_seconds(self._problem.cost, np.zeros_like(num_tokens), num_tokens)
+
     def waiting_costs(self, rows: Ints) -> Floats:
         """[n] what it costs to serve these waiting requests, as :meth:`costs`."""
         to_come = self._tokens_to_come(self._problem.waiting, rows)

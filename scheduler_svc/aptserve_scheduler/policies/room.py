@@ -28,12 +28,14 @@ class Room:
         can_pause: Bools,
         protected: Bools,
         costs: Callable[[], Floats],
+        pays: Callable[[], Bools],
     ) -> None:
         """All arrays are [n] over ``problem.running``.
 
         ``growth``: units that the next step of each takes; ``can_pause``: whom a long time without
         a token costs no objective; ``costs``: what it costs to let each go on, asked for only once
-        somebody live must give way.
+        somebody live must give way; ``pays``: whose memory is worth computing the cache anew, asked
+        for only once somebody could be paused without need.
         """
         running = problem.running
         self.num_free = problem.num_free_units - int(growth.sum())
@@ -44,6 +46,7 @@ class Room:
         """[n] who loses the memory."""
         self._released: list[int] = (running.num_units + growth).tolist()
         self._costs = costs
+        self._pays = pays
         self._is_live = running.schedulable & ~protected & ~late
         self._can_pause = can_pause
         latest_first = indices(running.schedulable & ~protected & late)[::-1]
@@ -85,12 +88,19 @@ class Room:
         return True
 
     def take_by_pausing(self, num_units: int) -> bool:
-        """A place for a request that needs so much, all of it from some that can pause."""
-        if self._held_by(self._patient) < num_units:
+        """A place for a request that needs so much, all of it from some whose pause pays."""
+        if not self._patient:
+            return False
+        pays = self._pays()
+        rows = [row for row in self._patient if pays[row]]
+        if self._held_by(rows) < num_units:
             return False
         before = self.num_free
-        while self.num_free - before < num_units:
-            self._evict(self._patient.popleft())
+        for row in rows:
+            if self.num_free - before >= num_units:
+                break
+            self._patient.remove(row)
+            self._evict(row)
         return self.take(num_units)
 
     @cached_property

@@ -158,6 +158,14 @@ def test_without_pauses_nobody_gives_way_for_it() -> None:
     assert with_put_off(pausable(20), CANNOT_WAIT, pauses=False) == ({0: 1, 1: 6}, [])
 
 
+def test_nobody_gives_way_for_it_whose_memory_is_not_worth_computing_it_anew() -> None:
+    # 20 of 29 tokens, endless: the whole pool would have to be held up for as long.
+    assert with_put_off(pausable(20), CANNOT_WAIT, pause_gain=1e9) == ({0: 1, 1: 6}, [])
+    soon_over = pausable(20, expected_output_tokens=1)
+    assert with_put_off(soon_over, CANNOT_WAIT) == ({0: 1, 1: 6}, [])
+    assert with_put_off(soon_over, CANNOT_WAIT, pause_gain=0.0) == ({1: 6, 2: 12}, [0])
+
+
 def test_nobody_gives_way_for_it_who_would_miss_an_objective() -> None:
     row = pausable(20, miss_after_seconds=10.0)
     assert with_put_off(row, CANNOT_WAIT) == ({0: 1, 1: 6}, [])
@@ -276,7 +284,13 @@ def test_it_repeats_itself_while_everyone_decodes_in_kv() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"patience_seconds": -1.0}, {"lane_share": 0.0}, {"slack_share": 1.1}, {"iteration_share": 0}],
+    [
+        {"patience_seconds": -1.0},
+        {"lane_share": 0.0},
+        {"slack_share": 1.1},
+        {"pause_gain": -1.0},
+        {"iteration_share": 0},
+    ],
 )
 def test_a_setting_out_of_range_is_named(config: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(config))):

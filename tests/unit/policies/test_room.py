@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
-from aptserve_scheduler.policies.base import Floats
 from aptserve_scheduler.policies.room import Room
 from support.problems import Row, make_problem
 
@@ -26,6 +26,7 @@ def make_room(
     growth: int = 0,
     costs: list[float] | None = None,
     protected: tuple[int, ...] = (),
+    pays: list[bool] | None = None,
     **changes: object,
 ) -> Room:
     """A pool of 58 units, 2 per token; ``growth`` of each in units."""
@@ -37,6 +38,7 @@ def make_room(
         can_pause=np.isinf(problem.running.miss_after_seconds),
         protected=np.isin(np.arange(len(rows)), protected),
         costs=lambda: np.array(costs or [1.0] * len(rows)),
+        pays=lambda: np.array(pays or [True] * len(rows)),
     )
 
 
@@ -76,13 +78,21 @@ def test_those_that_can_pause_do_so_after_the_late_and_before_the_other_live(
 
 
 def test_costs_are_asked_for_only_once_somebody_live_must_give_way() -> None:
-    def costs() -> Floats:
+    def unneeded() -> Any:
         raise AssertionError("not needed")
 
     problem = make_problem([running(20, LATE), running(9)])
     none = np.zeros(2, np.bool_)
     late = problem.running.missed
-    room = Room(problem, np.full(2, 2), late=late, can_pause=none, protected=none, costs=costs)
+    room = Room(
+        problem,
+        np.full(2, 2),
+        late=late,
+        can_pause=none,
+        protected=none,
+        costs=unneeded,
+        pays=unneeded,
+    )
     assert room.fit_growth()
     assert gone(room) == [0]
 
@@ -165,3 +175,18 @@ def test_who_can_pause_gives_way_to_the_line_before_the_other_live() -> None:
     room = make_room(PAUSABLE, costs=[1.0, 2.0, 9.0, 1.0])
     assert room.take(14 + 14 + 18, from_late=True, from_live=True)
     assert gone(room) == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("num_units", "expected"), [(8, [0]), (9, None)])
+def test_nobody_is_paused_whose_pause_does_not_pay(
+    num_units: int, expected: list[int] | None
+) -> None:
+    room = make_room(PAUSABLE, pays=[True, False, True, True])
+    assert room.take_by_pausing(num_units) == (expected is not None)
+    assert gone(room) == (expected or [])
+
+
+def test_but_those_do_give_way_to_growth() -> None:
+    room = make_room([running(14, CAN_PAUSE), running(14)], growth=2, pays=[False, False])
+    assert room.fit_growth()
+    assert gone(room) == [0]
