@@ -14,6 +14,7 @@ from benchmarks import (
     decision_time,
     fidelity,
     hidden_attention,
+    kv8_quality,
     live_policies,
     serving,
     simulation,
@@ -27,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "decision_time": lambda _: decision_time.measure(),
     "hidden_attention": lambda _: hidden_attention.measure(),
+    "kv8_quality": lambda _: kv8_quality.measure(),
     "step_breakdown": step_breakdown.measure,
     "serving": serving.measure,
     "cpu_engines": cpu_engines.measure,

@@ -76,6 +76,26 @@ def _hidden_attention(result: dict[str, Any]) -> str:
     return f"**Hidden cache**, one layer, {result['shape']}, float32.\n\n{table}"
 
 
+def _kv8_quality(result: dict[str, Any]) -> str:
+    names = {"kv": "keys and values", "int8": "`kv8`, int8", "fp8": "`kv8`, fp8 (e4m3)"}
+    rows = [
+        [
+            names[key],
+            f"{found['perplexity']:.2f}",
+            f"{100 * found['equal_decisions']:.1f}",
+            f"{100 * found['equal_continuations']:.0f}",
+        ]
+        for key, found in result["kv8_quality"].items()
+    ]
+    table = _table(
+        rows, ["cache", "perplexity", "equal greedy choices, %", "equal continuations, %"]
+    )
+    return (
+        f"**The 8-bit tier**, embedded model. Perplexity of {result['text']}; greedy "
+        f"continuations, {result['continuations']}, against those over keys and values.\n\n{table}"
+    )
+
+
 def _step_breakdown(result: dict[str, Any]) -> str:
     parts = ("step", "matrix products", "attention", "rest")
     rows = [
@@ -226,6 +246,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_engines": _cpu_engines,
     "step_breakdown": _step_breakdown,
     "hidden_attention": _hidden_attention,
+    "kv8_quality": _kv8_quality,
     "decision_time": _decision_time,
     "serving": _serving,
     "simulation": _simulation,

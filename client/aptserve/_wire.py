@@ -13,6 +13,7 @@ from aptserve.v1 import admin_pb2, inference_pb2, types_pb2, worker_pb2
 _TIERS = {
     types_pb2.CACHE_TIER_KV: types.Tier.KV,
     types_pb2.CACHE_TIER_HIDDEN: types.Tier.HIDDEN,
+    types_pb2.CACHE_TIER_KV8: types.Tier.KV8,
 }
 _FINISH_REASONS = {
     types_pb2.FINISH_REASON_STOP: types.FinishReason.STOP,

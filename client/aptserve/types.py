@@ -27,6 +27,8 @@ class Tier(Enum):
     """Keys and values."""
     HIDDEN = "hidden"
     """Layer-input hidden states, from which keys and values follow."""
+    KV8 = "kv8"
+    """Keys and values as 8-bit codes; the only tier whose outputs are not exact."""
 
 
 @dataclass(frozen=True, slots=True)

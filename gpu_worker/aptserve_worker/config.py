@@ -92,6 +92,8 @@ class WorkerSettings(BaseSettings):
     """Name by which requests call the model; None: derived from ``model``."""
     tiers: Annotated[tuple[Tier, ...] | None, NoDecode, BeforeValidator(parse_tiers)] = None
     """Cache tiers to offer; None: all that are exact for the model and smaller than KV."""
+    kv8_format: Literal["int8", "fp8"] = "int8"
+    """Codes of the kv8 tier; fp8 is e4m3, of GPUs with compute capability 8.9 or later."""
     block_size: int = Field(16, ge=1, le=1024)
     """Tokens per block."""
     pool_units: int | None = Field(None, ge=2)
@@ -106,6 +108,14 @@ class WorkerSettings(BaseSettings):
     """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of weights and cache."""
+    kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Implementation of attention: auto is the fastest for the device, reference the plain one to
+    compare with."""
+    graphs: Literal["auto", "off", "eager"] = "auto"
+    """Decode steps recorded as CUDA graphs: auto where there is a GPU; eager runs the padded steps
+    that would be recorded, on any device, to compare with."""
+    gpu_memory_share: float = Field(0.9, gt=0, le=1)
+    """Of the GPU's memory, what weights, scratch and pool together may take."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of the engine; None: what the machine has."""
     calibrate: bool = True

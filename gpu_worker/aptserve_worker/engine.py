@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import structlog
 import torch
+from torch import Tensor
 
 from aptserve_worker.cache.allocator import UnitAllocator
 from aptserve_worker.cache.tables import BlockTables
 from aptserve_worker.calibration import UNCALIBRATED, Measured, Shape, calibrate
 from aptserve_worker.config import WorkerSettings
+from aptserve_worker.model.graphs import CudaRecorder, DecodeGraphs, without_recording
 from aptserve_worker.model.loading import LoadedModel, load_model
 from aptserve_worker.model.runner import ModelRunner, PoolSettings
+from aptserve_worker.model.scratch import Limits
 from aptserve_worker.model.step import Part, build_step
 from aptserve_worker.plan import (
     BatchPlan,
@@ -25,8 +29,12 @@ from aptserve_worker.plan import (
     Tier,
     TierInfo,
 )
-from aptserve_worker.sampling import Sampled, sample
+from aptserve_worker.sampling import Sampled, Sampler
 from aptserve_worker.sequences import Sequence
+
+log = structlog.get_logger(__name__)
+
+_CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class ModelEngine:
@@ -38,15 +46,32 @@ class ModelEngine:
             loaded,
             PoolSettings(
                 block_size=settings.block_size,
+                limits=Limits(
+                    settings.max_num_seqs, settings.max_num_batched_tokens, loaded.context_length
+                ),
                 units=settings.pool_units,
                 memory_bytes=settings.pool_memory,
                 tiers=settings.tiers,
+                gpu_memory_share=settings.gpu_memory_share,
+                code_dtype=_CODE_DTYPES[settings.kv8_format],
             ),
+            settings.kernels,
         )
         self._eos = tuple(loaded.eos_token_ids)
         self._context_length = loaded.context_length
         self._max_num_seqs = settings.max_num_seqs
         self._max_num_batched_tokens = settings.max_num_batched_tokens
+        self._sampler = Sampler(self._runner.kernels, settings.max_num_seqs, self._eos)
+        is_padded = settings.graphs == "eager" or (
+            settings.graphs == "auto" and self._runner.device.type == "cuda"
+        )
+        self._tables = BlockTables(
+            self._max_num_seqs,
+            self._runner.geometry.num_blocks(self._context_length),
+            self._runner.units_per_block,
+            self._runner.device if is_padded else None,
+        )
+        self._graphs = self._record_graphs(settings) if is_padded else None
         self._clear()
         measured = calibrate(self, self._shape()) if settings.calibrate else UNCALIBRATED
         self._clear()
@@ -56,11 +81,27 @@ class ModelEngine:
         runner = self._runner
         self._sequences: dict[int, Sequence] = {}
         self.allocator = UnitAllocator(runner.pool.num_units)
-        self._tables = BlockTables(
+        self._tables.clear()
+
+    def _record_graphs(self, settings: WorkerSettings) -> DecodeGraphs | None:
+        """Recorded decode steps; None, and a warning, where a model's cannot be recorded."""
+        runner = self._runner
+        graphs = DecodeGraphs(
+            runner.forward,
+            self._tables,
+            runner.geometry,
+            runner.device,
             self._max_num_seqs,
-            runner.geometry.num_blocks(self._context_length),
-            runner.units_per_block,
+            without_recording if settings.graphs == "eager" else CudaRecorder(),
         )
+        try:
+            graphs.record_all()
+        except RuntimeError as error:
+            if settings.graphs == "eager":
+                raise
+            log.warning("graphs.unavailable", reason=str(error).partition("\n")[0])
+            return None
+        return graphs
 
     @property
     def info(self) -> EngineInfo:
@@ -77,16 +118,24 @@ class ModelEngine:
         parts, skipped = self._parts(plan.scheduled)
         if not parts:
             return StepOutput((), skipped, (), self.allocator.num_free)
+        logits, sampled = self._forward(parts)
+        for part in parts:
+            part.sequence.num_computed += part.num_new
+        sequences = [part.sequence for part in sampled]
+        chosen = self._sampler.sample(logits, sequences)
+        outputs, failures = self._append(sequences, chosen, [p.sequence for p in parts])
+        return StepOutput(outputs, skipped, failures, self.allocator.num_free)
+
+    def _forward(self, parts: Seq[Part]) -> tuple[Tensor, Seq[Part]]:
+        """Logits ``[len(sampled), vocab_size]`` and the parts that they are of."""
+        recorded = None if self._graphs is None else self._graphs.run(parts)
+        if recorded is not None:
+            return recorded
         step = build_step(parts, self._tables, self._runner.geometry, self._runner.device)
         logits = self._runner.forward(
             step.token_ids, step.positions, step.attention, step.logit_rows
         )
-        for part in parts:
-            part.sequence.num_computed += part.num_new
-        sequences = [part.sequence for part in step.sampled]
-        chosen = sample(logits, sequences, self._eos)
-        outputs, failures = self._append(sequences, chosen, [p.sequence for p in parts])
-        return StepOutput(outputs, skipped, failures, self.allocator.num_free)
+        return logits, step.sampled
 
     def release(self, sequence_ids: Seq[int]) -> None:
         """Forget sequences and free their units; unknown ids are ignored."""
@@ -220,7 +269,12 @@ class ModelEngine:
     def _describe(self, loaded: LoadedModel, measured: Measured) -> EngineInfo:
         runner = self._runner
         tiers = [
-            TierInfo(tier, units, measured.seconds_per_cached_token.get(tier, 0.0))
+            TierInfo(
+                tier,
+                units,
+                measured.seconds_per_cached_token.get(tier, 0.0),
+                exact=tier is not Tier.KV8,
+            )
             for tier, units in runner.units_per_block.items()
         ]
         return EngineInfo(

@@ -16,6 +16,8 @@ class Tier(IntEnum):
 
     KV = 1
     HIDDEN = 2
+    KV8 = 3
+    """Keys and values as 8-bit codes: the only tier that is not exact."""
 
 
 class FinishReason(Enum):

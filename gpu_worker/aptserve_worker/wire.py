@@ -34,6 +34,7 @@ _FINISH_REASONS = {
 _TIERS_TO_PROTO = {
     Tier.KV: types_pb2.CACHE_TIER_KV,
     Tier.HIDDEN: types_pb2.CACHE_TIER_HIDDEN,
+    Tier.KV8: types_pb2.CACHE_TIER_KV8,
 }
 _TIERS_FROM_PROTO = {value: tier for tier, value in _TIERS_TO_PROTO.items()}
 

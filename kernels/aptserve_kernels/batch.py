@@ -31,7 +31,8 @@ class DecodeBatch:
     """Sequences with one query row each, all in one tier.
 
     ``tables``: ``[batch, max_blocks, units_per_block]`` int64 unit numbers, unused entries 0.
-    ``lengths``: ``[batch]`` int64, cached tokens including the one just written, each >= 1.
+    ``lengths``: ``[batch]`` int64, cached tokens including the one just written; 0 is padding,
+    whose row gets zeros.
     An implementation may keep what it derives from these for the other layers of the same step.
     """
 
@@ -49,13 +50,35 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """Sequences with new tokens, one query row each; the rows of a sequence are neighbours.
+
+    ``query_starts``: ``[sequences + 1]`` int64, where each sequence's rows begin, then their
+    number. ``lengths``: ``[sequences]`` int64, cached and new tokens; 0 is padding, whose rows get
+    zeros. ``tables``: ``[sequences, max_blocks, units_per_block]`` int64 unit numbers, unused
+    entries 0. ``max_queries``: rows of the longest sequence, or more.
+
+    ``key_starts``: ``[sequences + 1]`` int64, where each sequence's keys begin where these are one
+    tensor without blocks; such an operation does not look at ``tables``.
+    """
+
+    query_starts: Tensor
+    lengths: Tensor
+    tables: Tensor
+    geometry: UnitGeometry
+    max_queries: int
+    key_starts: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WriteSlots:
     """Where the new tokens of a step go; computed once, used by every layer.
 
     ``kv_rows`` and ``hidden_rows`` are row numbers of the flattened batch, None for all rows.
     ``key_slots`` and ``value_slots`` index ``pool.view(-1, head_dim)``, one per (row, KV head);
     ``hidden_slots`` index ``pool.view(-1, unit_width)``, one per (row, unit). Empty tensors where a
-    tier has no rows.
+    tier has no rows. ``kv8_slots`` are numbered like ``key_slots``, see
+    :func:`aptserve_kernels.quantised.write_kv8`; None where no row is in that tier.
     """
 
     kv_rows: Tensor | None
@@ -63,6 +86,8 @@ class WriteSlots:
     value_slots: Tensor
     hidden_rows: Tensor | None
     hidden_slots: Tensor
+    kv8_rows: Tensor | None = None
+    kv8_slots: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +113,24 @@ class Rotary:
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Root mean square norm over each head (Zhang and Sennrich, arXiv 1910.07467).
+
+    ``weight``: ``[head_dim]``, what a normed element is multiplied by; a model that stores it less
+    one adds the one.
+    """
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, k: Tensor) -> Tensor:
+        """Keys ``[tokens, heads, head_dim]``, normed in float32 or wider."""
+        wide = k.to(torch.promote_types(k.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(k.dtype)
 
 
 @dataclass(frozen=True, slots=True)

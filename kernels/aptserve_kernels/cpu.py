@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aptserve_kernels import reference
-from aptserve_kernels.batch import AttentionParams, DecodeBatch, KeyProjection
+from aptserve_kernels.batch import AttentionParams, DecodeBatch, KeyProjection, PrefillBatch
 from aptserve_kernels.index import head_rows, split_kv
 
 _GATHER_BYTES = 2_400_000
@@ -88,6 +88,8 @@ def _kv_index(
 def decode_kv(q: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionParams) -> Tensor:
     """As :func:`aptserve_kernels.reference.decode_kv`."""
     num_heads, head_dim = q.shape[1:]
+    if not bool(batch.lengths.any()):
+        return torch.zeros_like(q)
     rows = pool.view(-1, head_dim)
     index = batch.derived(
         ("kv", num_heads, params.window),
@@ -132,15 +134,18 @@ class _HiddenChunk:
 
 
 def _hidden_chunks(batch: DecodeBatch, window: int | None) -> list[_HiddenChunk]:
-    """Split a batch so that padding is small and each chunk's states fit ``_GATHER_BYTES``."""
+    """Split a batch so that padding is small and each chunk's states fit ``_GATHER_BYTES``.
+
+    Sequences of length 0, which pad a batch, are in none.
+    """
     g = batch.geometry
     lengths, order = batch.lengths.sort()
     chunks: list[_HiddenChunk] = []
-    end = len(order)
-    while end > 0:
+    num_empty, end = int((lengths == 0).sum()), len(order)
+    while end > num_empty:
         longest = int(lengths[end - 1])
         fit = max(1, _GATHER_BYTES // (longest * g.hidden_size * 4))
-        begin = max(0, end - fit)
+        begin = max(num_empty, end - fit)
         begin += int((lengths[begin:end] < 0.75 * longest).sum())
         members, blocks = order[begin:end], g.num_blocks(longest)
         tables = batch.tables[members, :blocks]
@@ -175,7 +180,7 @@ def decode_hidden(
 ) -> Tensor:
     """As :func:`aptserve_kernels.reference.decode_hidden`."""
     chunks = batch.derived(("hidden", params.window), lambda: _hidden_chunks(batch, params.window))
-    out = torch.empty(folded.shape)
+    out = torch.zeros(folded.shape)
     for chunk in chunks:
         x = _states(pool, chunk, batch)
         scores = torch.bmm(folded.index_select(0, chunk.members), x.transpose(1, 2))
@@ -194,7 +199,7 @@ def decode_projected(
     g = batch.geometry
     chunks = batch.derived(("hidden", params.window), lambda: _hidden_chunks(batch, params.window))
     group = q.shape[1] // g.num_kv_heads
-    out = torch.empty(q.shape[0], q.shape[1], g.hidden_size)
+    out = torch.zeros(q.shape[0], q.shape[1], g.hidden_size)
     for chunk in chunks:
         x = _states(pool, chunk, batch)
         positions = torch.arange(chunk.max_length).repeat(len(chunk.members))
@@ -230,3 +235,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         enable_gqa=k.shape[1] != q.shape[1],
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def attend_ragged(
+    q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, params: AttentionParams
+) -> Tensor:
+    """As :func:`aptserve_kernels.reference.attend_ragged`."""
+    return reference.attend_ragged(q, k, v, batch, params, attend)
+
+
+def prefill_kv(q: Tensor, pool: Tensor, batch: PrefillBatch, params: AttentionParams) -> Tensor:
+    """As :func:`aptserve_kernels.reference.prefill_kv`."""
+    return reference.prefill_kv(q, pool, batch, params, attend)
+
+
+def decode_kv8(
+    q: Tensor,
+    pool: Tensor,
+    scales: Tensor,
+    batch: DecodeBatch,
+    params: AttentionParams,
+    code_dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`aptserve_kernels.reference.decode_kv8`."""
+    return reference.decode_kv8(q, pool, scales, batch, params, code_dtype, attend)
+
+
+def prefill_kv8(
+    q: Tensor,
+    pool: Tensor,
+    scales: Tensor,
+    batch: PrefillBatch,
+    params: AttentionParams,
+    code_dtype: torch.dtype,
+) -> Tensor:
+    """As :func:`aptserve_kernels.reference.prefill_kv8`."""
+    return reference.prefill_kv8(q, pool, scales, batch, params, code_dtype, attend)

@@ -5,32 +5,53 @@ Written for clarity, one sequence after the other; any device, any floating dtyp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from aptserve_kernels.batch import AttentionParams, DecodeBatch, KeyProjection, Rotary, WriteSlots
+from aptserve_kernels.batch import (
+    AttentionParams,
+    DecodeBatch,
+    KeyProjection,
+    PrefillBatch,
+    Rotary,
+    WriteSlots,
+)
 from aptserve_kernels.geometry import UnitGeometry
+from aptserve_kernels.quantised import gather_kv8
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionParams], Tensor]
+"""Attention of one sequence, such as :func:`attend`."""
 
 
 def write_cache(pool: Tensor, k: Tensor, v: Tensor, x: Tensor | None, slots: WriteSlots) -> None:
     """Store new tokens: K and V of the rows in the KV tier, hidden states of the others.
 
     ``pool``: ``[num_units, block_size, unit_width]``; ``k``, ``v``: ``[rows, num_kv_heads,
-    head_dim]``; ``x``: ``[rows, hidden_size]``, needed when there are hidden rows.
+    head_dim]``; ``x``: ``[rows, hidden_size]``, needed when there are hidden rows. Nothing is
+    stored where a slot is negative.
     """
     if slots.key_slots.numel():
         head_dim = k.shape[-1]
         if slots.kv_rows is not None:
             k, v = k.index_select(0, slots.kv_rows), v.index_select(0, slots.kv_rows)
         rows = pool.view(-1, head_dim)
-        rows.index_copy_(0, slots.key_slots, k.reshape(-1, head_dim))
-        rows.index_copy_(0, slots.value_slots, v.reshape(-1, head_dim))
+        _store(rows, slots.key_slots, k.reshape(-1, head_dim))
+        _store(rows, slots.value_slots, v.reshape(-1, head_dim))
     if slots.hidden_slots.numel():
         assert x is not None, "hidden rows need the layer input"
         if slots.hidden_rows is not None:
             x = x.index_select(0, slots.hidden_rows)
         width = pool.shape[-1]
-        pool.view(-1, width).index_copy_(0, slots.hidden_slots, x.reshape(-1, width))
+        _store(pool.view(-1, width), slots.hidden_slots, x.reshape(-1, width))
+
+
+def _store(rows: Tensor, slots: Tensor, vectors: Tensor) -> None:
+    if bool((slots < 0).any()):
+        real = slots >= 0
+        slots, vectors = slots[real], vectors[real]
+    rows.index_copy_(0, slots, vectors)
 
 
 def gather_kv(
@@ -70,7 +91,7 @@ def rotate(k: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
 
 def project_keys(x: Tensor, positions: Tensor, projection: KeyProjection, head_dim: int) -> Tensor:
     """Keys ``[tokens, num_kv_heads, head_dim]`` of hidden states ``[tokens, hidden_size]``."""
-    k = projection.map(x).view(x.shape[0], -1, head_dim)
+    k = projection.map(x).view(x.shape[0], projection.map.weight.shape[0] // head_dim, head_dim)
     if projection.norm is not None:
         k = projection.norm(k)
     if projection.rotary is not None:
@@ -118,10 +139,104 @@ def decode_kv(q: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionPara
 
     ``q``: ``[batch, heads, head_dim]``. Returns the same shape.
     """
-    out = torch.empty_like(q)
-    for i, length in enumerate(batch.lengths.tolist()):
+    out = torch.zeros_like(q)
+    for i, length in _occupied(batch):
         k, v = gather_kv(pool, _blocks(batch, i, length), length, batch.geometry)
         out[i] = attend(q[i : i + 1], k, v, params)[0]
+    return out
+
+
+def decode_kv8(
+    q: Tensor,
+    pool: Tensor,
+    scales: Tensor,
+    batch: DecodeBatch,
+    params: AttentionParams,
+    code_dtype: torch.dtype,
+    attend: Attend = attend,
+) -> Tensor:
+    """As :func:`decode_kv`, over keys and values held as codes.
+
+    ``scales`` and ``code_dtype``: see :mod:`aptserve_kernels.quantised`. The tables of the batch
+    have ``key_units`` units per block.
+    """
+    out = torch.zeros_like(q)
+    g = batch.geometry
+    for i, length in _occupied(batch):
+        k, v = gather_kv8(pool, scales, _blocks(batch, i, length), length, g, code_dtype)
+        out[i] = attend(q[i : i + 1], k, v, params)[0]
+    return out
+
+
+def prefill_kv(
+    q: Tensor,
+    pool: Tensor,
+    batch: PrefillBatch,
+    params: AttentionParams,
+    attend: Attend = attend,
+) -> Tensor:
+    """Causal attention of new tokens, whose keys and values are in the pool by now.
+
+    ``q``: ``[rows, heads, head_dim]``, all sequences after each other. Returns the same shape.
+    ``attend``: attention of one sequence; here as in the operations below.
+    """
+    g = batch.geometry
+    return _attend_each(
+        q, batch, params, attend, lambda i, n: gather_kv(pool, _blocks(batch, i, n), n, g)
+    )
+
+
+def prefill_kv8(
+    q: Tensor,
+    pool: Tensor,
+    scales: Tensor,
+    batch: PrefillBatch,
+    params: AttentionParams,
+    code_dtype: torch.dtype,
+    attend: Attend = attend,
+) -> Tensor:
+    """As :func:`prefill_kv`, over keys and values held as codes; see :func:`decode_kv8`."""
+    g = batch.geometry
+    return _attend_each(
+        q,
+        batch,
+        params,
+        attend,
+        lambda i, n: gather_kv8(pool, scales, _blocks(batch, i, n), n, g, code_dtype),
+    )
+
+
+def attend_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: PrefillBatch,
+    params: AttentionParams,
+    attend: Attend = attend,
+) -> Tensor:
+    """As :func:`prefill_kv`, over ``k``, ``v`` ``[keys, num_kv_heads, head_dim]``.
+
+    The keys of sequence i are the ``lengths[i]`` from ``key_starts[i]`` on.
+    """
+    assert batch.key_starts is not None, "keys without blocks need their starts"
+    starts = batch.key_starts.tolist()
+    return _attend_each(
+        q, batch, params, attend, lambda i, n: (k[starts[i] :][:n], v[starts[i] :][:n])
+    )
+
+
+def _attend_each(
+    q: Tensor,
+    batch: PrefillBatch,
+    params: AttentionParams,
+    attend: Attend,
+    keys_and_values: Callable[[int, int], tuple[Tensor, Tensor]],
+) -> Tensor:
+    out = torch.zeros_like(q)
+    starts = batch.query_starts.tolist()
+    for i, length in _occupied(batch):
+        rows = slice(starts[i], starts[i + 1])
+        out[rows] = attend(q[rows], *keys_and_values(i, length), params)
     return out
 
 
@@ -133,8 +248,8 @@ def decode_hidden(
     ``folded``: ``[batch, heads, hidden_size]``, the query of each head times its key weights.
     Returns ``[batch, heads, hidden_size]``, to be unfolded by the value weights.
     """
-    out = torch.empty_like(folded)
-    for i, length in enumerate(batch.lengths.tolist()):
+    out = torch.zeros_like(folded)
+    for i, length in _occupied(batch):
         x = gather_hidden(pool, _blocks(batch, i, length), length, batch.geometry).unsqueeze(1)
         out[i] = attend(folded[i : i + 1], x, x, params)[0]
     return out
@@ -153,9 +268,9 @@ def decode_projected(
     the value weights.
     """
     g = batch.geometry
-    out = q.new_empty(q.shape[0], q.shape[1], g.hidden_size)
+    out = q.new_zeros(q.shape[0], q.shape[1], g.hidden_size)
     group = q.shape[1] // g.num_kv_heads
-    for i, length in enumerate(batch.lengths.tolist()):
+    for i, length in _occupied(batch):
         x = gather_hidden(pool, _blocks(batch, i, length), length, g)
         positions = torch.arange(length, device=x.device)
         k = project_keys(x, positions, projection, g.head_dim).repeat_interleave(group, 1)
@@ -186,5 +301,10 @@ def unfold_values(mixed: Tensor, value_weight: Tensor, value_bias: Tensor | None
     return out if value_bias is None else out + value_bias
 
 
-def _blocks(batch: DecodeBatch, i: int, length: int) -> Tensor:
+def _occupied(batch: DecodeBatch | PrefillBatch) -> list[tuple[int, int]]:
+    """Number and length of each sequence that is no padding."""
+    return [(i, length) for i, length in enumerate(batch.lengths.tolist()) if length]
+
+
+def _blocks(batch: DecodeBatch | PrefillBatch, i: int, length: int) -> Tensor:
     return batch.tables[i, : batch.geometry.num_blocks(length)]

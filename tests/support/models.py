@@ -79,6 +79,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 16,
     },
+    "qwen3": {**_MODERN, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
+    "qwen3-moe": {
+        **_MODERN,
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+    "phi3": {**_MODERN, "model_type": "phi3", "num_key_value_heads": 2},
+    "starcoder2": {**_MODERN, "model_type": "starcoder2", "num_key_value_heads": 2},
     "gemma2": {
         **_MODERN,
         "model_type": "gemma2",

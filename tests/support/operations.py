@@ -35,8 +35,8 @@ from support.scheduler import CheckingWorker, Outcome, expected_tokens, make_req
 
 KV_ALONE = (TierSpec(Tier.KV, 2),)
 HALF = (TierSpec(Tier.KV, 2), TierSpec(Tier.HIDDEN, 1))
-THREE_EIGHTHS = (TierSpec(Tier.KV, 8), TierSpec(Tier.HIDDEN, 3))
-TIER_SETS = {"kv": KV_ALONE, "hidden_1_of_2": HALF, "hidden_3_of_8": THREE_EIGHTHS}
+THREE = (TierSpec(Tier.KV, 8), TierSpec(Tier.HIDDEN, 3), TierSpec(Tier.KV8, 4, exact=False))
+TIER_SETS = {"kv": KV_ALONE, "hidden": HALF, "hidden_kv8": THREE}
 DEPTHS = (1, 2, 3)
 
 

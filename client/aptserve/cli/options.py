@@ -214,8 +214,30 @@ Tiers = Annotated[
         "--tiers",
         metavar="LIST",
         show_default="all that are exact and pay",
-        help="Cache tiers to offer, such as kv or kv,hidden.",
+        help="Cache tiers to offer, such as kv or kv,hidden. kv8 (8-bit, not exact) is offered "
+        "only when named.",
         rich_help_panel=_MEMORY,
+    ),
+]
+Kv8Format = Annotated[
+    str | None,
+    typer.Option(
+        "--kv8-format",
+        metavar="FORMAT",
+        show_default="int8",
+        help="Codes of the kv8 tier: int8 or fp8.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        "--kernels",
+        metavar="NAME",
+        show_default="auto",
+        help="Attention: auto (the fastest for the device), reference (plain, to compare with), "
+        "cpu or triton.",
+        rich_help_panel=_MODEL,
     ),
 ]
 PoolUnits = Annotated[

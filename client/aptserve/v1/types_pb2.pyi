@@ -31,6 +31,10 @@ class _CacheTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheTier.V
     """Keys and values. Every model has it."""
     CACHE_TIER_HIDDEN: _CacheTier.ValueType  # 2
     """Layer-input hidden states, from which keys and values follow. Exact."""
+    CACHE_TIER_KV8: _CacheTier.ValueType  # 3
+    """Keys and values as 8-bit codes with a scale per token and head. Not exact; offered only where
+    the operator asked for it.
+    """
 
 class CacheTier(_CacheTier, metaclass=_CacheTierEnumTypeWrapper):
     """The form in which a request's attention cache is held."""
@@ -41,6 +45,10 @@ CACHE_TIER_KV: CacheTier.ValueType  # 1
 """Keys and values. Every model has it."""
 CACHE_TIER_HIDDEN: CacheTier.ValueType  # 2
 """Layer-input hidden states, from which keys and values follow. Exact."""
+CACHE_TIER_KV8: CacheTier.ValueType  # 3
+"""Keys and values as 8-bit codes with a scale per token and head. Not exact; offered only where
+the operator asked for it.
+"""
 Global___CacheTier: _TypeAlias = CacheTier  # noqa: Y015
 
 class _FinishReason:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from aptserve_kernels import UnitGeometry
 from torch import Tensor
 
-_DEFAULT_CPU_BYTES = 512 * 2**20
-_DEFAULT_GPU_SHARE = 0.9
+_DEFAULT_BYTES = 512 * 2**20
 
 
 class UnitPool:
@@ -46,15 +47,33 @@ def unit_bytes(geometry: UnitGeometry, num_layers: int, dtype: torch.dtype) -> i
 
 
 def choose_num_units(
-    bytes_per_unit: int, device: torch.device, *, units: int | None, memory: int | None
+    bytes_per_unit: int,
+    *,
+    units: int | None,
+    memory: int | None,
+    left: Callable[[], int] | None = None,
 ) -> int:
-    """Units of a pool: as asked for, else 512 MiB on a CPU or 90 % of what a GPU has free."""
+    """Units of a pool: as asked for, else what fits the memory ``left``, or 512 MiB.
+
+    ``left`` is asked only if neither was given; ValueError when not one unit fits.
+    """
     if units is not None:
         return units
     if memory is None:
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            memory = int(free * _DEFAULT_GPU_SHARE)
-        else:
-            memory = _DEFAULT_CPU_BYTES
-    return max(1, memory // bytes_per_unit)
+        memory = _DEFAULT_BYTES if left is None else left()
+    if memory < bytes_per_unit:
+        raise ValueError(
+            f"{memory / 2**20:.0f} MiB are left for the cache pool and a unit takes "
+            f"{bytes_per_unit / 2**20:.1f}: lower max_num_batched_tokens or max_num_seqs"
+        )
+    return memory // bytes_per_unit
+
+
+def gpu_memory_left(device: torch.device, share: float, scratch: int) -> int:
+    """Bytes for a pool on a GPU: its memory times ``share``, less what is in use and ``scratch``.
+
+    What PyTorch holds without using it is given back first.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(share * total) - (total - free) - scratch

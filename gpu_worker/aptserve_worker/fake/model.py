@@ -76,8 +76,16 @@ def _byte_level_alphabet() -> list[str]:
     return characters
 
 
+_TIERS = (
+    TierInfo(Tier.KV, 2, 0.0),
+    TierInfo(Tier.HIDDEN, 1, 1e-7),
+    TierInfo(Tier.KV8, 1, 5e-8, exact=False),
+)
+
+
 def _default_tiers() -> tuple[TierInfo, ...]:
-    return (TierInfo(Tier.KV, 2, 0.0), TierInfo(Tier.HIDDEN, 1, 1e-7))
+    """Exact ones, as a real worker offers by itself."""
+    return tuple(tier for tier in _TIERS if tier.exact)
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,9 @@ class FakeModel:
     @classmethod
     def from_settings(cls, settings: WorkerSettings) -> FakeModel:
         """The fake model of a worker whose ``model`` is ``"fake"``."""
-        tiers = tuple(
-            t for t in _default_tiers() if settings.tiers is None or t.tier in settings.tiers
-        )
+        tiers = _default_tiers()
+        if settings.tiers is not None:
+            tiers = tuple(t for t in _TIERS if t.tier in settings.tiers)
         num_units = settings.pool_units or cls.num_units
         if settings.pool_memory is not None:
             num_units = max(2, settings.pool_memory // cls.unit_bytes)

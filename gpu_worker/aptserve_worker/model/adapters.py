@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from aptserve_kernels import KeyProjection, LinearMap, Rotary
+from aptserve_kernels import HeadNorm, KeyProjection, LinearMap, Rotary
 from aptserve_kernels.reference import project_keys
 from torch import Tensor, nn
 
@@ -136,24 +136,33 @@ def _key_forms(
     rotaries: list[Rotary | None] = [None]
     if rotary is not None:
         rotaries += [Rotary(*rotary), Rotary(*rotary, interleaved=True)]
-    for norm in (None, _key_norm(call)):
+    for norm in (None, *_key_norms(call)):
         for turn in rotaries:
             yield KeyProjection(key, norm, turn)
 
 
-def _key_norm(call: AttentionCall) -> Callable[[Tensor], Tensor] | None:
-    """The module's norm on keys, over a head or over all heads together."""
-    for name in ("k_norm", "k_layernorm", "key_layernorm"):
-        norm = getattr(call.module, name, None)
-        if isinstance(norm, nn.Module):
-            break
-    else:
-        return None
+def _key_norms(call: AttentionCall) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Readings of the module's norm on keys: those that a kernel can apply, then the module."""
+    norm = _key_norm_module(call)
+    if norm is None:
+        return
     weight = getattr(norm, "weight", None)
+    if isinstance(weight, Tensor) and weight.shape == (call.k.shape[-1],):
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
+        yield HeadNorm(weight, eps)
+        yield HeadNorm(weight + 1, eps)
     spans_heads = isinstance(weight, Tensor) and weight.numel() == call.k.shape[1:].numel()
 
     def apply(k: Tensor) -> Tensor:
         out: Tensor = norm(k.flatten(-2)).view_as(k) if spans_heads else norm(k)
         return out
 
-    return apply
+    yield apply
+
+
+def _key_norm_module(call: AttentionCall) -> nn.Module | None:
+    for name in ("k_norm", "k_layernorm", "key_layernorm"):
+        norm = getattr(call.module, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    return None

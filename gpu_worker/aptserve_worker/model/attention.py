@@ -7,12 +7,19 @@ at start-up a probe takes its place to learn what the model's attention looks li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from aptserve_kernels import AttentionParams, DecodeBatch, Kernels, UnitGeometry, WriteSlots
+from aptserve_kernels import (
+    AttentionParams,
+    DecodeBatch,
+    Kernels,
+    PrefillBatch,
+    UnitGeometry,
+    WriteSlots,
+)
 from aptserve_kernels.reference import fold_queries, project_keys, unfold_values
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,10 +29,6 @@ from aptserve_worker.plan import Tier
 
 ATTENTION_NAME = "aptserve"
 _HANDLER = "aptserve_handler"
-
-_FOLD_LIMIT_IN_HEAD_DIMS = 1
-"""Fold queries while a sequence has at most this many head_dims of them: folding costs
-4·H·d per query and cached token, projecting the context once 4·d² per cached token."""
 
 
 class Handler(Protocol):
@@ -49,23 +52,38 @@ class DecodeRows:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRows:
-    """Rows ``[start, stop)``: the new tokens of one sequence after ``num_cached`` cached ones."""
+    """Rows ``[start, stop)``: new tokens of sequences, those of one after those of another."""
+
+    start: int
+    stop: int
+    batch: PrefillBatch
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenChunk:
+    """Rows ``[start, stop)``: new tokens of one sequence after ``num_cached`` hidden states."""
 
     start: int
     stop: int
     num_cached: int
-    tier: Tier
     table: Tensor
+    batch: PrefillBatch
+    """With the starts of the keys, cached and new."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
-    """One iteration as attention sees it: KV decodes, hidden decodes, prefills, in row order."""
+    """One iteration as attention sees it.
+
+    Row order: decodes by tier, prompts of which nothing is cached, chunks of prompts by tier, those
+    over hidden states last.
+    """
 
     slots: WriteSlots
-    kv_decodes: DecodeRows | None = None
-    hidden_decodes: DecodeRows | None = None
-    prefills: Sequence[PrefillRows] = ()
+    decodes: Mapping[Tier, DecodeRows] = field(default_factory=dict)
+    prompts: PrefillRows | None = None
+    chunks: Mapping[Tier, PrefillRows] = field(default_factory=dict)
+    hidden_chunks: Sequence[HiddenChunk] = ()
 
 
 @dataclass(slots=True)
@@ -75,12 +93,22 @@ class StepContext:
     step: AttentionStep | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Scales ``[num_units, 2, heads_per_unit, block_size]`` of a layer, and the dtype of codes."""
+
+    scales: Tensor
+    dtype: torch.dtype
+
+
 @dataclass(slots=True)
 class LayerAttention:
     """Attention of one layer over its pool."""
 
     context: StepContext
     pool: Tensor
+    codes: Codes | None
+    """What the 8-bit tier needs, where it is offered."""
     geometry: UnitGeometry
     kernels: Kernels
     maps: HiddenMaps | None
@@ -112,22 +140,57 @@ class LayerAttention:
         step = self.context.step
         assert step is not None, "attention outside of a step"
         params = self._params_of(arguments)
-        self.kernels.write_cache(self.pool, k, v, self._x, step.slots)
-        if step.kv_decodes is not None and step.kv_decodes.stop == q.shape[0]:
-            return self.kernels.decode_kv(q, self.pool, step.kv_decodes.batch, params)
+        self._write(k, v, step.slots)
+        num_rows = q.shape[0]
+        parts: list[tuple[slice, Tensor]] = []
+        for tier, decodes in step.decodes.items():
+            rows = slice(decodes.start, decodes.stop)
+            parts.append((rows, self._decode(tier, q[rows], decodes.batch, params)))
+        if (prompts := step.prompts) is not None:
+            rows = slice(prompts.start, prompts.stop)
+            new = self.kernels.attend_ragged(q[rows], k[rows], v[rows], prompts.batch, params)
+            parts.append((rows, new))
+        for tier, chunks in step.chunks.items():
+            rows = slice(chunks.start, chunks.stop)
+            parts.append((rows, self._prefill(tier, q[rows], chunks.batch, params)))
+        for chunk in step.hidden_chunks:
+            rows = slice(chunk.start, chunk.stop)
+            parts.append((rows, self._prefill_hidden(q[rows], k[rows], v[rows], chunk, params)))
+        if len(parts) == 1 and parts[0][1].shape[0] == num_rows:
+            return parts[0][1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if (rows := step.kv_decodes) is not None:
-            out[rows.start : rows.stop] = self.kernels.decode_kv(
-                q[rows.start : rows.stop], self.pool, rows.batch, params
-            )
-        if (rows := step.hidden_decodes) is not None:
-            out[rows.start : rows.stop] = self._decode_hidden(
-                q[rows.start : rows.stop], rows.batch, params
-            )
-        for prefill in step.prefills:
-            new = slice(prefill.start, prefill.stop)
-            out[new] = self._prefill(q[new], k[new], v[new], prefill, params)
+        for rows, part in parts:
+            out[rows] = part
         return out
+
+    def _write(self, k: Tensor, v: Tensor, slots: WriteSlots) -> None:
+        self.kernels.write_cache(self.pool, k, v, self._x, slots)
+        if slots.kv8_slots is None:
+            return
+        assert self.codes is not None
+        if slots.kv8_rows is not None:
+            k, v = k.index_select(0, slots.kv8_rows), v.index_select(0, slots.kv8_rows)
+        self.kernels.write_kv8(
+            self.pool, self.codes.scales, k, v, slots.kv8_slots, self.geometry, self.codes.dtype
+        )
+
+    def _decode(self, tier: Tier, q: Tensor, batch: DecodeBatch, params: AttentionParams) -> Tensor:
+        if tier is Tier.KV:
+            return self.kernels.decode_kv(q, self.pool, batch, params)
+        if tier is Tier.HIDDEN:
+            return self._decode_hidden(q, batch, params)
+        assert self.codes is not None
+        scales, dtype = self.codes.scales, self.codes.dtype
+        return self.kernels.decode_kv8(q, self.pool, scales, batch, params, dtype)
+
+    def _prefill(
+        self, tier: Tier, q: Tensor, batch: PrefillBatch, params: AttentionParams
+    ) -> Tensor:
+        if tier is Tier.KV:
+            return self.kernels.prefill_kv(q, self.pool, batch, params)
+        assert self.codes is not None
+        scales, dtype = self.codes.scales, self.codes.dtype
+        return self.kernels.prefill_kv8(q, self.pool, scales, batch, params, dtype)
 
     def _params_of(self, arguments: dict[str, Any]) -> AttentionParams:
         key = (
@@ -158,20 +221,28 @@ class LayerAttention:
         bias = self.maps.key.map.bias
         return self._fold_weight is not None and (params.softcap is None or bias is None)
 
-    def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: PrefillRows, params: AttentionParams
+    def _prefill_hidden(
+        self, q: Tensor, k: Tensor, v: Tensor, chunk: HiddenChunk, params: AttentionParams
     ) -> Tensor:
         # cached [0, num_cached) | new [num_cached, num_cached + rows)
-        if rows.num_cached:
-            old_k, old_v = self._cached(rows)
-            k, v = torch.cat((old_k, k)), torch.cat((old_v, v))
-        return self.kernels.attend(q, k, v, params)
+        # Many query rows share the context: projecting it once costs less than folding each.
+        x = self.kernels.gather_hidden(self.pool, chunk.table, chunk.num_cached, self.geometry)
+        old_k, old_v = self.project(x)
+        both_k, both_v = torch.cat((old_k, k)), torch.cat((old_v, v))
+        return self.kernels.attend_ragged(q, both_k, both_v, chunk.batch, params)
 
-    def _cached(self, rows: PrefillRows) -> tuple[Tensor, Tensor]:
-        if rows.tier is Tier.KV:
-            return self.kernels.gather_kv(self.pool, rows.table, rows.num_cached, self.geometry)
-        x = self.kernels.gather_hidden(self.pool, rows.table, rows.num_cached, self.geometry)
-        return self.project(x)
+    def promote(self, hidden_table: Tensor, kv_table: Tensor, num_tokens: int) -> None:
+        """Replace a sequence's hidden states by its keys and values."""
+        assert self.maps is not None, "hidden states in a model without a hidden tier"
+        self.kernels.promote(
+            self.pool,
+            hidden_table,
+            kv_table,
+            num_tokens,
+            self.maps.key,
+            self.maps.value,
+            self.geometry,
+        )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[tokens, num_kv_heads, head_dim]`` of the first tokens of a sequence.

@@ -8,20 +8,22 @@ from dataclasses import dataclass
 
 import structlog
 import torch
-from aptserve_kernels import UnitGeometry, WriteSlots, resolve
+from aptserve_kernels import Backend, UnitGeometry, refused_by_triton, resolve
+from aptserve_kernels.quantised import new_scales, scale_bytes
 from torch import Tensor, nn
 
-from aptserve_worker.cache.pool import UnitPool, choose_num_units, unit_bytes
+from aptserve_worker.cache.pool import UnitPool, choose_num_units, gpu_memory_left, unit_bytes
 from aptserve_worker.model.adapters import AttentionCall, HiddenMaps, find_hidden_maps
 from aptserve_worker.model.attention import (
     AttentionStep,
+    Codes,
     LayerAttention,
     StepContext,
     attach,
 )
 from aptserve_worker.model.loading import LoadedModel
 from aptserve_worker.model.probe import UnsupportedModelError, probe
-from aptserve_worker.model.step import kv_slots
+from aptserve_worker.model.scratch import Limits, cuda_meter, scratch_bytes
 from aptserve_worker.plan import Tier
 
 log = structlog.get_logger(__name__)
@@ -32,15 +34,22 @@ class PoolSettings:
     """What the operator asked for; None leaves the choice to the worker."""
 
     block_size: int
+    limits: Limits
     units: int | None = None
     memory_bytes: int | None = None
     tiers: Sequence[Tier] | None = None
+    code_dtype: torch.dtype = torch.int8
+    """What the 8-bit tier holds."""
+    gpu_memory_share: float = 0.9
+    """Of a GPU's memory, what weights, scratch and pool together may take."""
 
 
 class ModelRunner:
     """Owns the weights, the pool's tensors and the handlers between them."""
 
-    def __init__(self, loaded: LoadedModel, settings: PoolSettings) -> None:
+    def __init__(
+        self, loaded: LoadedModel, settings: PoolSettings, backend: Backend = "auto"
+    ) -> None:
         """Attach caches to ``loaded``. Raises :class:`UnsupportedModelError`."""
         self._model = loaded.model
         parameter = next(self._model.parameters())
@@ -51,20 +60,20 @@ class ModelRunner:
         self.geometry = _geometry(calls, settings.block_size)
         self.units_per_block = _tiers(self.geometry, maps, settings.tiers)
         self.unit_bytes = unit_bytes(self.geometry, len(calls), self.dtype)
-        self._kernels = resolve(self.device, self.dtype)
-        num_packed = self._kernels.pack_linears(self._model)
-        self.pool = UnitPool(
-            self.geometry,
-            len(calls),
-            choose_num_units(
-                self.unit_bytes, self.device, units=settings.units, memory=settings.memory_bytes
-            ),
-            device=self.device,
-            dtype=self.dtype,
-        )
+        has_codes = Tier.KV8 in self.units_per_block
+        if has_codes:
+            self.unit_bytes += len(calls) * scale_bytes(self.geometry)
+        self.kernels = resolve(self.device, self.dtype, self._backend(backend))
+        num_packed = self.kernels.pack_linears(self._model)
+        self._code_dtype = settings.code_dtype if has_codes else None
         self._context = StepContext()
-        self._layers = self._attach(calls, maps if Tier.HIDDEN in self.units_per_block else None)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self.pool = self._new_pool(len(calls), 1)
+        self._layers = self._attach(calls, maps if Tier.HIDDEN in self.units_per_block else None)
+        num_units = self._choose_num_units(settings)
+        self.pool = self._new_pool(len(calls), num_units)
+        for layer, memory in zip(self._layers, self.pool.layers, strict=True):
+            layer.pool, layer.codes = memory, self._new_codes()
         log.info(
             "model.attached",
             layers=len(calls),
@@ -82,14 +91,59 @@ class ModelRunner:
             layer = LayerAttention(
                 context=self._context,
                 pool=self.pool.layers[index],
+                codes=self._new_codes(),
                 geometry=self.geometry,
-                kernels=self._kernels,
+                kernels=self.kernels,
                 maps=None if maps is None else maps[index],
                 num_heads=call.num_heads,
             )
             attach(call.module, layer, with_input=maps is not None)
             layers.append(layer)
         return layers
+
+    def _backend(self, asked: Backend) -> Backend:
+        """What was asked for; by itself the worker falls back where kernels do not fit."""
+        refused = refused_by_triton(self.geometry)
+        if asked == "triton" and refused:
+            raise UnsupportedModelError(f"--kernels triton cannot serve {refused}.")
+        if asked == "auto" and self.device.type == "cuda" and refused:
+            log.warning("kernels.plain", reason=f"no kernel for {refused}")
+            return "reference"
+        return asked
+
+    def _new_pool(self, num_layers: int, num_units: int) -> UnitPool:
+        return UnitPool(self.geometry, num_layers, num_units, device=self.device, dtype=self.dtype)
+
+    def _choose_num_units(self, settings: PoolSettings) -> int:
+        """Units of the pool. Raises :class:`UnsupportedModelError` when there is no memory."""
+
+        def left() -> int:
+            scratch = scratch_bytes(
+                self.forward,
+                self.geometry,
+                self.units_per_block,
+                settings.limits,
+                self.device,
+                cuda_meter(self.device),
+            )
+            log.info("model.scratch", scratch_bytes=scratch)
+            return gpu_memory_left(self.device, settings.gpu_memory_share, scratch)
+
+        try:
+            return choose_num_units(
+                self.unit_bytes,
+                units=settings.units,
+                memory=settings.memory_bytes,
+                left=left if self.device.type == "cuda" else None,
+            )
+        except ValueError as error:
+            raise UnsupportedModelError(str(error)) from None
+
+    def _new_codes(self) -> Codes | None:
+        if self._code_dtype is None:
+            return None
+        scales = new_scales(self.pool.num_units, self.geometry, self.device)
+        return Codes(scales, self._code_dtype)
 
     @torch.inference_mode()
     def forward(
@@ -119,18 +173,9 @@ class ModelRunner:
         ``hidden_table``: ``[blocks, hidden_units]``, ``kv_table``: ``[blocks, kv_units]``; they may
         share units, since a layer is read as a whole before it is written.
         """
-        tokens = torch.arange(num_tokens, device=self.device)
-        size = self.geometry.block_size
         hidden_table, kv_table = hidden_table.to(self.device), kv_table.to(self.device)
-        keys, values = kv_slots(kv_table[tokens // size], tokens % size, self.geometry)
-        none = keys.new_zeros(0)
-        slots = WriteSlots(None, keys, values, None, none)
         for layer in self._layers:
-            x = self._kernels.gather_hidden(
-                layer.pool, hidden_table, num_tokens, self.geometry
-            ).clone()
-            k, v = layer.project(x)
-            self._kernels.write_cache(layer.pool, k, v, None, slots)
+            layer.promote(hidden_table, kv_table, num_tokens)
 
 
 def _geometry(calls: Sequence[AttentionCall], block_size: int) -> UnitGeometry:
@@ -146,12 +191,16 @@ def _geometry(calls: Sequence[AttentionCall], block_size: int) -> UnitGeometry:
 def _tiers(
     geometry: UnitGeometry, maps: Sequence[HiddenMaps] | None, asked: Sequence[Tier] | None
 ) -> dict[Tier, int]:
-    """Units per block of each tier to offer, KV first. Raises :class:`UnsupportedModelError`."""
+    """Units per block of each tier to offer, KV first. Raises :class:`UnsupportedModelError`.
+
+    Left to itself the worker offers exact tiers only.
+    """
     possible = {Tier.KV: geometry.kv_units}
     if geometry.hidden_units and maps is not None:
         possible[Tier.HIDDEN] = geometry.hidden_units
     if asked is None:
         return possible
+    possible[Tier.KV8] = geometry.key_units
     for tier in asked:
         if tier not in possible:
             reason = (

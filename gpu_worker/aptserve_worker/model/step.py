@@ -6,12 +6,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-from aptserve_kernels import DecodeBatch, UnitGeometry, WriteSlots
+from aptserve_kernels import DecodeBatch, PrefillBatch, UnitGeometry, WriteSlots
 from aptserve_kernels.index import head_rows, hidden_rows, split_kv
 from torch import Tensor
 
 from aptserve_worker.cache.tables import BlockTables
-from aptserve_worker.model.attention import AttentionStep, DecodeRows, PrefillRows
+from aptserve_worker.model.attention import AttentionStep, DecodeRows, HiddenChunk, PrefillRows
 from aptserve_worker.plan import Tier
 from aptserve_worker.sequences import Sequence
 
@@ -28,12 +28,22 @@ class Part:
     @property
     def samples(self) -> bool:
         """Whether the part reaches the last known token."""
-        return self.sequence.num_computed + self.num_new == len(self.sequence.token_ids)
+        return self.end == len(self.sequence.token_ids)
 
     @property
     def is_decode(self) -> bool:
         """One new token after cached ones."""
         return self.num_new == 1 and self.sequence.num_computed > 0
+
+    @property
+    def is_prompt(self) -> bool:
+        """New tokens after none."""
+        return self.sequence.num_computed == 0
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence that are computed afterwards."""
+        return self.sequence.num_computed + self.num_new
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,68 +57,136 @@ class StepInput:
     sampled: Seq[Part]
 
 
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """The parts of an iteration in row order; see :class:`AttentionStep`."""
+
+    decodes: dict[Tier, list[Part]]
+    prompts: list[Part]
+    chunks: dict[Tier, list[Part]]
+
+    @classmethod
+    def of(cls, parts: Seq[Part]) -> _Groups:
+        decodes = {
+            tier: [p for p in parts if p.is_decode and p.sequence.tier is tier] for tier in Tier
+        }
+        others = [p for p in parts if not p.is_decode]
+        prompts = [p for p in others if p.is_prompt]
+        # Chunks over hidden states come last: each is worked on by itself.
+        order = sorted(Tier, key=lambda tier: tier is Tier.HIDDEN)
+        chunks = {
+            tier: [p for p in others if not p.is_prompt and p.sequence.tier is tier]
+            for tier in order
+        }
+        return cls(_filled(decodes), prompts, _filled(chunks))
+
+    @property
+    def ordered(self) -> list[Part]:
+        """All parts in the order of their rows."""
+        groups = [*self.decodes.values(), self.prompts, *self.chunks.values()]
+        return [part for group in groups for part in group]
+
+
+def _filled(groups: dict[Tier, list[Part]]) -> dict[Tier, list[Part]]:
+    return {tier: parts for tier, parts in groups.items() if parts}
+
+
 def build_step(
     parts: Seq[Part], tables: BlockTables, geometry: UnitGeometry, device: torch.device
 ) -> StepInput:
-    """Flatten ``parts`` in the row order KV decodes, hidden decodes, prefills."""
-    kv = [p for p in parts if p.is_decode and p.sequence.tier is Tier.KV]
-    hidden = [p for p in parts if p.is_decode and p.sequence.tier is Tier.HIDDEN]
-    prefills = [p for p in parts if not p.is_decode]
-    ordered = [*kv, *hidden, *prefills]
+    """Flatten ``parts``, in the row order of :class:`AttentionStep`."""
+    groups = _Groups.of(parts)
+    ordered = groups.ordered
     token_ids: list[int] = []
     positions: list[int] = []
     last_rows: list[int] = []
     for part in ordered:
-        start, stop = part.sequence.num_computed, part.sequence.num_computed + part.num_new
-        token_ids += part.sequence.token_ids[start:stop]
-        positions += range(start, stop)
+        start = part.sequence.num_computed
+        token_ids += part.sequence.token_ids[start : part.end]
+        positions += range(start, part.end)
         last_rows.append(len(token_ids) - 1)
     sampled = [(row, p) for row, p in zip(last_rows, ordered, strict=True) if p.samples]
     position_tensor = torch.tensor(positions, dtype=torch.int64)
+    slots = _on(device, _slots(ordered, position_tensor, tables, geometry))
     return StepInput(
         token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
         positions=position_tensor.to(device),
-        attention=AttentionStep(
-            slots=_on(device, _slots(ordered, position_tensor, tables, geometry)),
-            kv_decodes=_decode_rows(kv, 0, Tier.KV, tables, geometry, device),
-            hidden_decodes=_decode_rows(hidden, len(kv), Tier.HIDDEN, tables, geometry, device),
-            prefills=_prefill_rows(prefills, len(kv) + len(hidden), tables, device),
-        ),
+        attention=_Layout(tables, geometry, device).attention(groups, slots),
         logit_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64).to(device),
         sampled=[part for _, part in sampled],
     )
 
 
-def _decode_rows(
-    parts: Seq[Part],
-    start: int,
-    tier: Tier,
-    tables: BlockTables,
-    geometry: UnitGeometry,
-    device: torch.device,
-) -> DecodeRows | None:
-    if not parts:
-        return None
-    lengths = [p.sequence.num_computed + 1 for p in parts]
-    rows = torch.tensor([p.sequence.row for p in parts], dtype=torch.int64)
-    batch = DecodeBatch(
-        tables.gather(tier, rows, geometry.num_blocks(max(lengths))).to(device),
-        torch.tensor(lengths, dtype=torch.int64).to(device),
-        geometry,
-    )
-    return DecodeRows(start, start + len(parts), batch)
+class _Layout:
+    """Hands out rows of the flattened batch, group by group."""
 
+    def __init__(self, tables: BlockTables, geometry: UnitGeometry, device: torch.device) -> None:
+        self._tables, self._geometry, self._device = tables, geometry, device
+        self._num_rows = 0
 
-def _prefill_rows(
-    parts: Seq[Part], start: int, tables: BlockTables, device: torch.device
-) -> list[PrefillRows]:
-    rows = []
-    for part in parts:
+    def attention(self, groups: _Groups, slots: WriteSlots) -> AttentionStep:
+        """Everything that attention is told; the groups take their rows in this order."""
+        return AttentionStep(
+            slots=slots,
+            decodes={tier: self._decodes(tier, parts) for tier, parts in groups.decodes.items()},
+            prompts=self._prompts(groups.prompts) if groups.prompts else None,
+            chunks={
+                tier: self._chunks(tier, parts)
+                for tier, parts in groups.chunks.items()
+                if tier is not Tier.HIDDEN
+            },
+            hidden_chunks=[self._hidden_chunk(p) for p in groups.chunks.get(Tier.HIDDEN, ())],
+        )
+
+    def _take(self, parts: Seq[Part]) -> tuple[int, int]:
+        start = self._num_rows
+        self._num_rows += sum(part.num_new for part in parts)
+        return start, self._num_rows
+
+    def _decodes(self, tier: Tier, parts: Seq[Part]) -> DecodeRows:
+        lengths = self._ints([part.end for part in parts])
+        batch = DecodeBatch(self._gathered(tier, parts), lengths, self._geometry)
+        return DecodeRows(*self._take(parts), batch)
+
+    def _prompts(self, parts: Seq[Part]) -> PrefillRows:
+        no_tables = torch.zeros(len(parts), 0, 1, dtype=torch.int64, device=self._device)
+        batch = self._ragged(parts, no_tables, keys=[part.num_new for part in parts])
+        return PrefillRows(*self._take(parts), batch)
+
+    def _chunks(self, tier: Tier, parts: Seq[Part]) -> PrefillRows:
+        return PrefillRows(*self._take(parts), self._ragged(parts, self._gathered(tier, parts)))
+
+    def _hidden_chunk(self, part: Part) -> HiddenChunk:
         s = part.sequence
-        table = tables.table(s.tier, s.row, s.num_blocks).to(device)
-        rows.append(PrefillRows(start, start + part.num_new, s.num_computed, s.tier, table))
-        start += part.num_new
-    return rows
+        table = self._tables.table(s.tier, s.row, s.num_blocks).to(self._device)
+        batch = self._ragged([part], table.unsqueeze(0), keys=[part.end])
+        return HiddenChunk(*self._take([part]), s.num_computed, table, batch)
+
+    def _ragged(
+        self, parts: Seq[Part], tables: Tensor, keys: Seq[int] | None = None
+    ) -> PrefillBatch:
+        counts = [part.num_new for part in parts]
+        return PrefillBatch(
+            query_starts=self._starts(counts),
+            lengths=self._ints([part.end for part in parts]),
+            tables=tables,
+            geometry=self._geometry,
+            max_queries=max(counts),
+            key_starts=None if keys is None else self._starts(keys),
+        )
+
+    def _gathered(self, tier: Tier, parts: Seq[Part]) -> Tensor:
+        rows = torch.tensor([part.sequence.row for part in parts], dtype=torch.int64)
+        num_blocks = self._geometry.num_blocks(max(part.end for part in parts))
+        return self._tables.gather(tier, rows, num_blocks).to(self._device)
+
+    def _starts(self, counts: Seq[int]) -> Tensor:
+        starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
+        torch.cumsum(torch.tensor(counts, dtype=torch.int64), 0, out=starts[1:])
+        return starts.to(self._device)
+
+    def _ints(self, values: Seq[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device)
 
 
 def _on(device: torch.device, slots: WriteSlots) -> WriteSlots:
@@ -121,6 +199,8 @@ def _on(device: torch.device, slots: WriteSlots) -> WriteSlots:
         slots.value_slots.to(device),
         move(slots.hidden_rows),
         slots.hidden_slots.to(device),
+        move(slots.kv8_rows),
+        move(slots.kv8_slots),
     )
 
 
@@ -131,26 +211,28 @@ def _slots(
     counts = torch.tensor([p.num_new for p in ordered], dtype=torch.int64)
     table_rows = torch.tensor([p.sequence.row for p in ordered], dtype=torch.int64)
     table_rows = table_rows.repeat_interleave(counts)
-    in_kv = [p.sequence.tier is Tier.KV for p in ordered]
-    if all(in_kv):
-        keys, values = _kv_slots(table_rows, positions, tables, geometry)
-        return WriteSlots(None, keys, values, None, _NONE)
-    if not any(in_kv):
-        return WriteSlots(
-            None, _NONE, _NONE, None, _hidden_slots(table_rows, positions, tables, geometry)
-        )
-    is_kv = torch.tensor(in_kv).repeat_interleave(counts)
-    kv_rows, other_rows = is_kv.nonzero().squeeze(1), (~is_kv).nonzero().squeeze(1)
-    keys, values = _kv_slots(table_rows[kv_rows], positions[kv_rows], tables, geometry)
-    hidden = _hidden_slots(table_rows[other_rows], positions[other_rows], tables, geometry)
-    return WriteSlots(kv_rows, keys, values, other_rows, hidden)
+    tiers = torch.tensor([p.sequence.tier for p in ordered]).repeat_interleave(counts)
 
+    def rows_in(tier: Tier) -> Tensor | None:
+        chosen = (tiers == tier).nonzero().squeeze(1)
+        return None if len(chosen) == len(tiers) else chosen
 
-def _kv_slots(
-    table_rows: Tensor, positions: Tensor, tables: BlockTables, geometry: UnitGeometry
-) -> tuple[Tensor, Tensor]:
-    units = tables.units_at(Tier.KV, table_rows, positions // geometry.block_size)
-    return kv_slots(units, positions % geometry.block_size, geometry)
+    def units_of(tier: Tier, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Units of the block of each row, and the row's place in it."""
+        at = positions if rows is None else positions[rows]
+        of = table_rows if rows is None else table_rows[rows]
+        return tables.units_at(tier, of, at // geometry.block_size), at % geometry.block_size
+
+    kv_rows, key_slots, value_slots = rows_in(Tier.KV), _NONE, _NONE
+    if kv_rows is None or len(kv_rows):
+        key_slots, value_slots = kv_slots(*units_of(Tier.KV, kv_rows), geometry)
+    hidden, hidden_slots = rows_in(Tier.HIDDEN), _NONE
+    if hidden is None or len(hidden):
+        hidden_slots = hidden_rows(*units_of(Tier.HIDDEN, hidden), geometry).view(-1)
+    kv8_rows, kv8_slots = rows_in(Tier.KV8), None
+    if kv8_rows is None or len(kv8_rows):
+        kv8_slots = head_rows(*units_of(Tier.KV8, kv8_rows), geometry).view(-1)
+    return WriteSlots(kv_rows, key_slots, value_slots, hidden, hidden_slots, kv8_rows, kv8_slots)
 
 
 def kv_slots(units: Tensor, offsets: Tensor, geometry: UnitGeometry) -> tuple[Tensor, Tensor]:
@@ -160,10 +242,3 @@ def kv_slots(units: Tensor, offsets: Tensor, geometry: UnitGeometry) -> tuple[Te
         head_rows(key_units, offsets, geometry).view(-1),
         head_rows(value_units, offsets, geometry).view(-1),
     )
-
-
-def _hidden_slots(
-    table_rows: Tensor, positions: Tensor, tables: BlockTables, geometry: UnitGeometry
-) -> Tensor:
-    units = tables.units_at(Tier.HIDDEN, table_rows, positions // geometry.block_size)
-    return hidden_rows(units, positions % geometry.block_size, geometry).view(-1)

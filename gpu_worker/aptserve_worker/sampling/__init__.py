@@ -1,5 +1,5 @@
 """Choosing the next token, row by row, independent of the rest of the batch."""
 
-from aptserve_worker.sampling.sampler import Sampled, sample
+from aptserve_worker.sampling.sampler import Sampled, Sampler
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["Sampled", "Sampler"]

@@ -37,6 +37,7 @@ _MAX_SIZE = 2**53
 TIER_TO_PROTO: dict[Tier, types_pb2.CacheTier.ValueType] = {
     Tier.KV: types_pb2.CACHE_TIER_KV,
     Tier.HIDDEN: types_pb2.CACHE_TIER_HIDDEN,
+    Tier.KV8: types_pb2.CACHE_TIER_KV8,
 }
 REASON_TO_PROTO: dict[FinishReason, types_pb2.FinishReason.ValueType] = {
     FinishReason.STOP: types_pb2.FINISH_REASON_STOP,

@@ -23,6 +23,7 @@ class Tier(IntEnum):
 
     KV = 1
     HIDDEN = 2
+    KV8 = 3
 
 
 class FinishReason(Enum):

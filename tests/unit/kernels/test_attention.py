@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aptserve_kernels import AttentionParams, KeyProjection, LinearMap, Rotary, resolve
+from aptserve_kernels import AttentionParams, KeyProjection, LinearMap, Rotary, cpu, resolve
 from aptserve_kernels import reference as ref
 from support.caches import PagedCache, make_geometry
 
@@ -137,7 +137,7 @@ def test_attend(n: int, length: int, group: int, params: AttentionParams):
     k, v = torch.randn(length, 2, 8), torch.randn(length, 2, 8)
     wide = ref.attend(q.double(), k.double(), v.double(), params).float()
     torch.testing.assert_close(ref.attend(q, k, v, params), wide, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(CPU.attend(q, k, v, params), wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cpu.attend(q, k, v, params), wide, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_beyond_a_sequence_are_never_read():

@@ -25,7 +25,7 @@ NUM_OPERATIONS = 100_000 if os.environ.get("APTSERVE_LONG_TESTS") == "1" else 8_
 
 def num_operations(policy: str) -> int:
     """Operations of one case; a variant shares nearly all of its code with the policy itself."""
-    share = 5 if ":" in policy else 1
+    share = 4 if ":" in policy else 1
     return NUM_OPERATIONS // (share * len(CASES) * len(SEEDS))
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from aptserve_kernels import Kernels
 from aptserve_worker.plan import NewSequence, Sampling, Tier
-from aptserve_worker.sampling import sample
-from aptserve_worker.sampling.random import uniform
+from aptserve_worker.sampling import Sampled, Sampler
 from aptserve_worker.sequences import Sequence
 from transformers import (
     MinPLogitsWarper,
@@ -26,6 +26,10 @@ def make_sequence(*, output: int = 0, tokens: list[int] | None = None, **samplin
     values: dict[str, Any] = {"max_tokens": 99, "seed": 1, **sampling}
     new = NewSequence(1, "r", tokens, len(tokens) - output, Tier.KV, Sampling(**values))
     return Sequence.of(new, row=0)
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence], eos: Any) -> list[Sampled | None]:
+    return Sampler(Kernels(), 8, eos).sample(logits, sequences)
 
 
 def draw(logits: torch.Tensor, **sampling: Any) -> int:
@@ -129,14 +133,6 @@ def test_rows_do_not_depend_on_the_batch(logits: torch.Tensor):
     assert together[3] == alone[0]
 
 
-def test_seed_and_position_make_the_number():
-    values = [uniform(seed, position) for seed in range(50) for position in range(50)]
-    assert len(set(values)) == len(values)
-    assert all(0.0 <= v < 1.0 for v in values)
-    assert abs(sum(values) / len(values) - 0.5) < 0.02
-    assert uniform(2**64 - 1, 0) == uniform(2**64 - 1, 0)
-
-
 def test_logprobs_are_of_the_model_before_temperature(logits: torch.Tensor):
     sequence = make_sequence(temperature=0.3, top_k=3, num_logprobs=0)
     sampled = sample(logits.unsqueeze(0), [sequence], EOS)[0]
@@ -161,3 +157,24 @@ def test_a_row_with_every_token_forbidden_fails():
     row = torch.full((3,), 1.0)
     bias = dict.fromkeys(range(3), -math.inf)
     assert sample(row.unsqueeze(0), [make_sequence(logit_bias=bias)], EOS) == [None]
+
+
+def test_penalties_follow_a_sequence_and_not_its_row(logits: torch.Tensor):
+    """A row of the counts passes on to another sequence; the first comes back elsewhere."""
+    wishes = {"frequency_penalty": 3.0, "repetition_penalty": 1.5}
+    sampler, tokens = Sampler(Kernels(), 4, EOS), [5, 6, 7]
+    first = make_sequence(tokens=list(tokens), **wishes)
+    for _ in range(4):
+        chosen = sampler.sample(logits.unsqueeze(0), [first])[0]
+        assert chosen is not None
+        first.token_ids.append(chosen.token_id)
+    other = make_sequence(tokens=list(tokens), **wishes)
+    other.sequence_id = 2
+    fresh = Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [other])
+    assert sampler.sample(logits.unsqueeze(0), [other]) == fresh
+    back = make_sequence(tokens=list(first.token_ids), output=4, **wishes)
+    back.sequence_id, back.row = 3, 1
+    wanted = Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [back])
+    assert sampler.sample(logits.unsqueeze(0), [back]) == wanted
+    first.row = 2  # counted on as it went, against counted at once
+    assert wanted == Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [first])

@@ -16,7 +16,7 @@ from aptserve.types import Tier
 _LABEL_WIDTH = 10
 _FRAME_WIDTH = 4
 _MIN_BAR_WIDTH = 10
-_STYLES = {Tier.KV: "green", Tier.HIDDEN: "blue"}
+_STYLES = {Tier.KV: "green", Tier.HIDDEN: "blue", Tier.KV8: "yellow"}
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _BORDERS = {Phase.RUNNING: "cyan", Phase.DONE: "white"}
 

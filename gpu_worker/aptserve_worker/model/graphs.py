@@ -1,0 +1,238 @@
+"""Decode steps of fixed shapes, recorded once and replayed.
+
+Launching the kernels of a decode step one by one takes the host longer than they run, so a GPU
+waits. A CUDA graph launches all of them at once, but fixes every shape and address. Steps are
+therefore padded to a few numbers of rows per tier, and read what they need from buffers: a token, a
+length and a table row for each sequence. Where its new entries go and which blocks it attends to
+follow from those on the device. A padding row has length 0: it writes nothing and attends to
+nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+import torch
+from aptserve_kernels import DecodeBatch, UnitGeometry, WriteSlots
+from aptserve_kernels.index import head_rows, hidden_rows
+from torch import Tensor
+
+from aptserve_worker.cache.tables import BlockTables
+from aptserve_worker.model.attention import AttentionStep, DecodeRows
+from aptserve_worker.model.step import Part, kv_slots
+from aptserve_worker.plan import Tier
+
+log = structlog.get_logger(__name__)
+
+Shape = tuple[tuple[Tier, int], ...]
+"""Rows of each tier that a step has, padding included; in row order."""
+Forward = Callable[[Tensor, Tensor, AttentionStep, Tensor], Tensor]
+"""See :meth:`aptserve_worker.model.runner.ModelRunner.forward`."""
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""From a step to something that does it again; the result is the same tensor each time."""
+
+_FEW_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_MIXED_ROWS = (8, 32, 128, 512)
+"""Coarser where two tiers share a step: every pair is a graph."""
+_NONE = torch.zeros(0, dtype=torch.int64)
+
+
+class Tables(Protocol):
+    """The part of :class:`BlockTables` that is needed."""
+
+    mirrors: dict[Tier, Tensor]
+
+    def sync_mirrors(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A recorded step: its buffers and how to run it."""
+
+    shape: Shape
+    host: Tensor
+    """``[3, rows]`` int64: tokens, lengths and table rows; pinned where there is a GPU."""
+    inputs: Tensor
+    """The same on the device."""
+    replay: Callable[[], Tensor]
+
+
+@dataclass(slots=True)
+class DecodeGraphs:
+    """Runs decode steps through recorded ones, where there is one that is large enough."""
+
+    forward: Forward
+    tables: BlockTables
+    geometry: UnitGeometry
+    device: torch.device
+    max_num_seqs: int
+    record: Recorder
+    _steps: dict[Shape, _Step] = field(default_factory=dict)
+
+    def record_all(self) -> None:
+        """Record every shape there is, the largest first, so that the others share its memory."""
+        shapes = sorted(self._shapes(), key=lambda shape: -sum(count for _, count in shape))
+        for shape in shapes:
+            self._steps[shape] = self._recorded(shape)
+        log.info("graphs.recorded", num_graphs=len(shapes), max_rows=self.max_num_seqs)
+
+    def run(self, parts: Sequence[Part]) -> tuple[Tensor, list[Part]] | None:
+        """Logits ``[len(parts), vocab_size]`` float32 and the parts in the order of their rows.
+
+        None when no recorded step fits: a prompt is among them, or too many tiers are.
+        """
+        if not all(part.is_decode and part.samples for part in parts):
+            return None
+        by_tier = {tier: [p for p in parts if p.sequence.tier is tier] for tier in Tier}
+        by_tier = {tier: some for tier, some in by_tier.items() if some}
+        step = self._steps.get(self._shape_for({t: len(some) for t, some in by_tier.items()}))
+        if step is None:
+            return None
+        rows = self._fill(step, by_tier)
+        logits = step.replay()
+        ordered = [part for some in by_tier.values() for part in some]
+        if rows == list(range(len(rows))):
+            return logits[: len(rows)], ordered
+        return logits.index_select(0, torch.tensor(rows).to(self.device)), ordered
+
+    def _fill(self, step: _Step, by_tier: Mapping[Tier, Sequence[Part]]) -> list[int]:
+        """Tell the step about its sequences; returns their rows."""
+        step.host.zero_()
+        rows: list[int] = []
+        start = 0
+        for tier, count in step.shape:
+            parts = by_tier[tier]
+            values = [
+                [p.sequence.token_ids[p.sequence.num_computed] for p in parts],
+                [p.end for p in parts],
+                [p.sequence.row for p in parts],
+            ]
+            step.host[:, start : start + len(parts)] = torch.tensor(values, dtype=torch.int64)
+            rows += range(start, start + len(parts))
+            start += count
+        self.tables.sync_mirrors()
+        step.inputs.copy_(step.host, non_blocking=True)
+        return rows
+
+    def _recorded(self, shape: Shape) -> _Step:
+        num_rows = sum(count for _, count in shape)
+        host = torch.zeros(3, num_rows, dtype=torch.int64)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        inputs = host.to(self.device, copy=True)
+        all_rows = torch.arange(num_rows, device=self.device)
+
+        def step() -> Tensor:
+            token_ids, lengths, table_rows = inputs
+            attention = self._attention(shape, lengths, table_rows)
+            return self.forward(token_ids, (lengths - 1).clamp_min(0), attention, all_rows)
+
+        return _Step(shape, host, inputs, self.record(step))
+
+    def _attention(self, shape: Shape, lengths: Tensor, table_rows: Tensor) -> AttentionStep:
+        decodes: dict[Tier, DecodeRows] = {}
+        slots: dict[Tier, tuple[Tensor, Tensor]] = {}
+        start = 0
+        for tier, count in shape:
+            rows = slice(start, start + count)
+            tables = self.tables.mirrors[tier].index_select(0, table_rows[rows])
+            batch = DecodeBatch(tables, lengths[rows], self.geometry)
+            decodes[tier] = DecodeRows(rows.start, rows.stop, batch)
+            slots[tier] = self._slots(tier, tables, lengths[rows])
+            start += count
+        return AttentionStep(self._write_slots(shape, slots), decodes)
+
+    def _slots(self, tier: Tier, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each row's new entry goes, -1 for padding; K and V apart, else the same twice."""
+        g = self.geometry
+        positions = (lengths - 1).clamp_min(0)
+        blocks = (positions // g.block_size).view(-1, 1, 1).expand(-1, 1, tables.shape[2])
+        units = tables.gather(1, blocks).squeeze(1)
+        offsets = positions % g.block_size
+        if tier is Tier.KV:
+            first, second = kv_slots(units, offsets, g)
+        elif tier is Tier.HIDDEN:
+            first = second = hidden_rows(units, offsets, g).view(-1)
+        else:
+            first = second = head_rows(units, offsets, g).view(-1)
+        exists = (lengths > 0).repeat_interleave(first.numel() // lengths.numel())
+        return torch.where(exists, first, -1), torch.where(exists, second, -1)
+
+    def _write_slots(self, shape: Shape, slots: Mapping[Tier, tuple[Tensor, Tensor]]) -> WriteSlots:
+        rows: dict[Tier, Tensor | None] = dict.fromkeys(Tier, _NONE.to(self.device))
+        start = 0
+        for tier, count in shape:
+            rows[tier] = torch.arange(start, start + count, device=self.device)
+            start += count
+        if len(shape) == 1:
+            rows[shape[0][0]] = None
+        none = _NONE.to(self.device)
+        keys, values = slots.get(Tier.KV, (none, none))
+        return WriteSlots(
+            kv_rows=rows[Tier.KV],
+            key_slots=keys,
+            value_slots=values,
+            hidden_rows=rows[Tier.HIDDEN],
+            hidden_slots=slots.get(Tier.HIDDEN, (none, none))[0],
+            kv8_rows=rows[Tier.KV8],
+            kv8_slots=slots[Tier.KV8][0] if Tier.KV8 in slots else None,
+        )
+
+    def _shapes(self) -> list[Shape]:
+        tiers = sorted(self.tables.mirrors)
+        alone = [((tier, count),) for tier in tiers for count in self._counts(_FEW_ROWS)]
+        pairs = [
+            ((one, first), (other, second))
+            for one, other in itertools.combinations(tiers, 2)
+            for first, second in itertools.product(self._counts(_MIXED_ROWS), repeat=2)
+        ]
+        return [*alone, *pairs]
+
+    def _shape_for(self, counts: Mapping[Tier, int]) -> Shape:
+        buckets = self._counts(_FEW_ROWS if len(counts) == 1 else _MIXED_ROWS)
+        return tuple((tier, _at_least(count, buckets)) for tier, count in counts.items())
+
+    def _counts(self, buckets: tuple[int, ...]) -> list[int]:
+        """Numbers of rows up to the most there can be, that one included."""
+        most = min(self.max_num_seqs, buckets[-1])
+        return [*(count for count in buckets if count < most), most]
+
+
+def _at_least(count: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds ``count``; ``count`` itself where none does."""
+    at = bisect_left(buckets, count)
+    return buckets[at] if at < len(buckets) else count
+
+
+def without_recording(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A recorder that runs the padded step as it is; on any device."""
+    return step
+
+
+class CudaRecorder:
+    """Records steps as CUDA graphs that share one pool of scratch memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Run once, which compiles what has to be, then record."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.inference_mode():
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
+            out = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
