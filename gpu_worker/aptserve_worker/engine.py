@@ -52,6 +52,7 @@ class ModelEngine:
                 units=settings.pool_units,
                 memory_bytes=settings.pool_memory,
                 tiers=settings.tiers,
+                records_steps=settings.graphs == "auto",
                 gpu_memory_share=settings.gpu_memory_share,
                 code_dtype=_CODE_DTYPES[settings.kv8_format],
             ),

@@ -240,6 +240,17 @@ Kernels = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Graphs = Annotated[
+    str | None,
+    typer.Option(
+        "--graphs",
+        metavar="WHEN",
+        show_default="auto",
+        help="Decode steps recorded as CUDA graphs: auto (on a GPU), off, or eager (padded like "
+        "recorded ones, to compare with).",
+        rich_help_panel=_MODEL,
+    ),
+]
 PoolUnits = Annotated[
     int | None,
     typer.Option(

@@ -14,7 +14,6 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import structlog
 import torch
@@ -39,15 +38,6 @@ Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 _FEW_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MIXED_ROWS = (8, 32, 128, 512)
 """Coarser where two tiers share a step: every pair is a graph."""
-_NONE = torch.zeros(0, dtype=torch.int64)
-
-
-class Tables(Protocol):
-    """The part of :class:`BlockTables` that is needed."""
-
-    mirrors: dict[Tier, Tensor]
-
-    def sync_mirrors(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,14 +154,14 @@ class DecodeGraphs:
         return torch.where(exists, first, -1), torch.where(exists, second, -1)
 
     def _write_slots(self, shape: Shape, slots: Mapping[Tier, tuple[Tensor, Tensor]]) -> WriteSlots:
-        rows: dict[Tier, Tensor | None] = dict.fromkeys(Tier, _NONE.to(self.device))
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        rows: dict[Tier, Tensor | None] = dict.fromkeys(Tier, none)
         start = 0
         for tier, count in shape:
             rows[tier] = torch.arange(start, start + count, device=self.device)
             start += count
         if len(shape) == 1:
             rows[shape[0][0]] = None
-        none = _NONE.to(self.device)
         keys, values = slots.get(Tier.KV, (none, none))
         return WriteSlots(
             kv_rows=rows[Tier.KV],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class PoolSettings:
     tiers: Sequence[Tier] | None = None
     code_dtype: torch.dtype = torch.int8
     """What the 8-bit tier holds."""
+    records_steps: bool = False
+    """Whether decode steps will be recorded, which takes scratch memory of its own."""
     gpu_memory_share: float = 0.9
     """Of a GPU's memory, what weights, scratch and pool together may take."""
 
@@ -62,6 +65,7 @@ class ModelRunner:
         self.unit_bytes = unit_bytes(self.geometry, len(calls), self.dtype)
         has_codes = Tier.KV8 in self.units_per_block
         if has_codes:
+            _check_code_dtype(settings.code_dtype, self.device)
             self.unit_bytes += len(calls) * scale_bytes(self.geometry)
         self.kernels = resolve(self.device, self.dtype, self._backend(backend))
         num_packed = self.kernels.pack_linears(self._model)
@@ -104,6 +108,8 @@ class ModelRunner:
     def _backend(self, asked: Backend) -> Backend:
         """What was asked for; by itself the worker falls back where kernels do not fit."""
         refused = refused_by_triton(self.geometry)
+        if asked == "triton" and self.device.type == "cpu" and not _is_interpreted():
+            raise UnsupportedModelError("--kernels triton needs a GPU.")
         if asked == "triton" and refused:
             raise UnsupportedModelError(f"--kernels triton cannot serve {refused}.")
         if asked == "auto" and self.device.type == "cuda" and refused:
@@ -127,6 +133,8 @@ class ModelRunner:
                 cuda_meter(self.device),
             )
             log.info("model.scratch", scratch_bytes=scratch)
+            if settings.records_steps:
+                scratch *= 2  # recorded steps keep what they need to themselves
             return gpu_memory_left(self.device, settings.gpu_memory_share, scratch)
 
         try:
@@ -176,6 +184,21 @@ class ModelRunner:
         hidden_table, kv_table = hidden_table.to(self.device), kv_table.to(self.device)
         for layer in self._layers:
             layer.promote(hidden_table, kv_table, num_tokens)
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run on a CPU, through its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_code_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises :class:`UnsupportedModelError` for codes that the GPU cannot convert."""
+    if dtype is torch.int8 or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise UnsupportedModelError(
+            "--kv8-format fp8 needs a GPU of compute capability 8.9 or later; use int8."
+        )
 
 
 def _geometry(calls: Sequence[AttentionCall], block_size: int) -> UnitGeometry:

@@ -99,3 +99,11 @@ def test_8_bit_codes_beside_keys_and_values(dtype: str, made: Made) -> None:
 def test_a_size_that_is_not_compiled_is_named(made: Made) -> None:
     with pytest.raises(UnsupportedModelError, match="a block size of 12"):
         made("llama", block_size=12)
+
+
+def test_without_a_gpu_and_the_interpreter_it_says_so(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UnsupportedModelError, match="--kernels triton needs a GPU"):
+        made("llama")

@@ -36,6 +36,7 @@ _WORKER_FIELDS = (
     "device",
     "dtype",
     "kernels",
+    "graphs",
     "num_threads",
     "log_level",
 )
@@ -66,6 +67,7 @@ def up(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     kernels: opt.Kernels = None,
+    graphs: opt.Graphs = None,
     num_threads: opt.Threads = None,
     first_prompt: Annotated[
         str | None,
@@ -186,6 +188,7 @@ def worker(
     device: opt.Device = None,
     dtype: opt.Dtype = None,
     kernels: opt.Kernels = None,
+    graphs: opt.Graphs = None,
     num_threads: opt.Threads = None,
     log_level: opt.LogLevel = None,
 ) -> None:
