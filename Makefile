@@ -29,7 +29,7 @@ PROMPT ?= def read_config(path):
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  ARGS="..."         more arguments for run, test, bench and study'
+	@echo '  ARGS="..."         more arguments for run, test, bench, study and gpu-check'
 	@echo '  PYTHON=python3.12  the interpreter to set up with (3.11, 3.12 or 3.13)'
 	@echo '  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu'
 	@echo '                     set up with the CPU build of torch, on a machine without a GPU'
@@ -88,6 +88,11 @@ bench: $(VENV)/.installed-bench ## Measure, and compare with other engines
 .PHONY: study
 study: $(VENV)/.installed-bench ## Compare all schedulers on simulated GPUs; an hour on two cores
 	@$(BIN)/python -m benchmarks.study $(ARGS)
+
+.PHONY: gpu-check
+gpu-check: export PYTHONPATH := client:scheduler_svc:gpu_worker:kernels$(addprefix :,$(PYTHONPATH))
+gpu-check: ## Check and measure the kernels and the worker on a GPU; installs nothing
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 .PHONY: docker-check
 docker-check: install ## Run the install steps and entry points of both images without Docker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from aptserve_worker.cache.allocator import UnitAllocator
 from aptserve_worker.cache.tables import BlockTables
 from aptserve_worker.calibration import UNCALIBRATED, Measured, Shape, calibrate
-from aptserve_worker.config import WorkerSettings
 from aptserve_worker.model.graphs import CudaRecorder, DecodeGraphs, without_recording
 from aptserve_worker.model.loading import LoadedModel, load_model
 from aptserve_worker.model.runner import ModelRunner, PoolSettings
@@ -31,6 +31,9 @@ from aptserve_worker.plan import (
 )
 from aptserve_worker.sampling import Sampled, Sampler
 from aptserve_worker.sequences import Sequence
+
+if TYPE_CHECKING:  # who brings settings of its own needs not what reads them from the environment
+    from aptserve_worker.config import WorkerSettings
 
 log = structlog.get_logger(__name__)
 
