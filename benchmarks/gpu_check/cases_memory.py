@@ -120,22 +120,9 @@ def _write_kv8_error(lab: Lab, g: UnitGeometry, code_dtype: torch.dtype) -> floa
 
 
 def gather(lab: Lab) -> Checks:
-    """Both tiers, of a sequence that ends within a block."""
+    """Hidden states of a sequence that ends within a block."""
     for g in _geometries(lab):
-        yield Check("gather_kv", _about(lab, g), 0.0, partial(_gather_kv_error, lab, g))
         yield Check("gather_hidden", _about(lab, g), 0.0, partial(_gather_hidden_error, lab, g))
-
-
-def _gather_kv_error(lab: Lab, g: UnitGeometry) -> float:
-    from aptserve_kernels.gpu.gather import gather_kv
-
-    cache = Cache.of_kv(g, _lengths(lab), lab.dtype, lab.device)
-    error = 0.0
-    for table, length in zip(cache.tables, cache.lengths, strict=True):
-        got = gather_kv(cache.pool, table, length, g)
-        wanted = ref.gather_kv(cache.pool, table, length, g)
-        error += sum(num_different(a, b.contiguous()) for a, b in zip(got, wanted, strict=True))
-    return error
 
 
 def _gather_hidden_error(lab: Lab, g: UnitGeometry) -> float:

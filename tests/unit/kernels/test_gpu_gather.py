@@ -8,7 +8,7 @@ import pytest
 import torch
 from aptserve_kernels import KeyProjection, LinearMap, Rotary, UnitGeometry
 from aptserve_kernels import reference as ref
-from aptserve_kernels.gpu.gather import gather_hidden, gather_kv
+from aptserve_kernels.gpu.gather import gather_hidden
 from aptserve_kernels.gpu.promote import promote, rotate_and_write
 from aptserve_kernels.promotion import promote as promote_reference
 from support.caches import PagedCache, make_geometry
@@ -24,13 +24,12 @@ GEOMETRIES = {
 LENGTHS = [33, 1, 16, 15]
 
 
-def _filled(geometry: UnitGeometry, dtype: torch.dtype, *, hidden: bool) -> PagedCache:
-    units = geometry.hidden_units if hidden else geometry.kv_units
-    cache = PagedCache.make(geometry, LENGTHS, tier_units=units, dtype=dtype)
+def _filled(geometry: UnitGeometry, dtype: torch.dtype) -> PagedCache:
+    cache = PagedCache.make(geometry, LENGTHS, tier_units=geometry.hidden_units, dtype=dtype)
     rows = sum(LENGTHS)
     k = torch.randn(rows, geometry.num_kv_heads, geometry.head_dim).to(dtype)
     x = torch.randn(rows, geometry.hidden_size).to(dtype)
-    ref.write_cache(cache.pool, k, k + 1, x, cache.slots(hidden=hidden))
+    ref.write_cache(cache.pool, k, k + 1, x, cache.slots(hidden=True))
     return cache
 
 
@@ -38,40 +37,32 @@ def _filled(geometry: UnitGeometry, dtype: torch.dtype, *, hidden: bool) -> Page
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_gather(geometry: UnitGeometry, dtype: torch.dtype):
     torch.manual_seed(0)
-    for hidden in (False, True):
-        cache = _filled(geometry, dtype, hidden=hidden)
-        for table, length in zip(cache.tables, LENGTHS, strict=True):
-            arguments = (cache.pool, table, length, geometry)
-            if hidden:
-                got, wanted = (gather_hidden(*arguments),), (ref.gather_hidden(*arguments),)
-            else:
-                got, wanted = gather_kv(*arguments), ref.gather_kv(*arguments)
-            for mine, reference in zip(got, wanted, strict=True):
-                assert mine.is_contiguous()
-                assert torch.equal(mine, reference)
+    cache = _filled(geometry, dtype)
+    for table, length in zip(cache.tables, LENGTHS, strict=True):
+        got = gather_hidden(cache.pool, table, length, geometry)
+        assert got.is_contiguous()
+        assert torch.equal(got, ref.gather_hidden(cache.pool, table, length, geometry))
 
 
 def test_gather_no_tokens_and_at_most_what_the_table_holds():
     geometry = make_geometry(heads=2, head_dim=16)
     pool = torch.randn(3, 4, 32)
-    table = torch.tensor([[1, 2]])
-    assert gather_kv(pool, table, 0, geometry)[0].shape == (0, 2, 16)
-    assert gather_hidden(pool, table[:, :1], 0, geometry).shape == (0, 32)
-    assert gather_kv(pool, table, 99, geometry)[1].shape == (4, 2, 16)
-    assert torch.equal(gather_hidden(pool, table.view(2, 1), 2**62, geometry), pool[1:].view(8, 32))
+    table = torch.tensor([[1], [2]])
+    assert gather_hidden(pool, table[:1], 0, geometry).shape == (0, 32)
+    assert torch.equal(gather_hidden(pool, table, 2**62, geometry), pool[1:].view(8, 32))
 
 
 def test_what_breaks_the_contract_of_a_gather_is_named():
     geometry = make_geometry(heads=2, head_dim=16)
-    pool, table = torch.zeros(3, 4, 32), torch.tensor([[1, 2]])
+    pool, table = torch.zeros(3, 4, 32), torch.tensor([[1], [2]])
     cases = [
         ("pool", pool[:, :2], table),
         ("table", pool, table.int()),
-        ("table", pool, table[:, :1].contiguous()),
+        ("table", pool, table.view(1, 2)),
     ]
     for name, wrong_pool, wrong_table in cases:
         with pytest.raises(ValueError, match=f"^{name}: "):
-            gather_kv(wrong_pool, wrong_table, 3, geometry)
+            gather_hidden(wrong_pool, wrong_table, 3, geometry)
 
 
 def _rotary(dim: int, *, interleaved: bool = False) -> Rotary:
@@ -112,7 +103,7 @@ CASES = [
 def test_promotion(layout: str, rotation: str, dtype: torch.dtype):
     torch.manual_seed(0)
     geometry = GEOMETRIES[layout]
-    cache = _filled(geometry, dtype, hidden=True)
+    cache = _filled(geometry, dtype)
     key, value = _projections(geometry, dtype)
     key = replace(key, rotary=ROTATIONS[rotation](geometry.head_dim), norm=_rms_norm)
     # The sequence keeps its units in the first columns and gets the rest from the free ones.
@@ -138,7 +129,7 @@ def test_promotion(layout: str, rotation: str, dtype: torch.dtype):
 def test_keys_and_values_are_as_a_prefill_stores_them():
     torch.manual_seed(1)
     geometry = make_geometry(heads=4, head_dim=16)
-    cache = _filled(geometry, torch.float32, hidden=True)
+    cache = _filled(geometry, torch.float32)
     key, value = _projections(geometry, torch.float32)
     rotary = _rotary(16)
     x = ref.gather_hidden(cache.pool, cache.tables[0], 33, geometry)
