@@ -82,6 +82,7 @@ def _padding_error(
         key_slots=torch.full_like(slots.key_slots, -1),
         value_slots=torch.full_like(slots.value_slots, -1),
         hidden_slots=torch.full_like(slots.hidden_slots, -1),
+        is_padded=True,
     )
     before = pool.clone()
     lab.kernels.write_cache(pool, k + 1, v + 1, x + 1, none)

@@ -88,6 +88,8 @@ class WriteSlots:
     hidden_slots: Tensor
     kv8_rows: Tensor | None = None
     kv8_slots: Tensor | None = None
+    is_padded: bool = False
+    """Whether slots may be negative, for rows that store nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,12 +261,6 @@ def _head_products(s: Shape) -> Cost:
     return Cost(weights * s.element_bytes, 0, 2 * s.batch * weights)
 
 
-def gather_kv(s: Shape) -> Cost:
-    """Keys and values out of the pool, in order: ``B · L · 2 · g · b`` read and written."""
-    moved = s.batch * s.context * kv_token_bytes(s)
-    return Cost(moved + s.table_bytes(s.geometry.kv_units), moved, 0)
-
-
 def gather_hidden(s: Shape) -> Cost:
     """Hidden states out of the pool, in order: ``B · L · d · b`` read and written."""
     moved = s.batch * s.context * hidden_token_bytes(s)

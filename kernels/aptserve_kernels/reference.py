@@ -30,25 +30,25 @@ def write_cache(pool: Tensor, k: Tensor, v: Tensor, x: Tensor | None, slots: Wri
 
     ``pool``: ``[num_units, block_size, unit_width]``; ``k``, ``v``: ``[rows, num_kv_heads,
     head_dim]``; ``x``: ``[rows, hidden_size]``, needed when there are hidden rows. Nothing is
-    stored where a slot is negative.
+    stored where the slot of a padded batch is negative.
     """
     if slots.key_slots.numel():
         head_dim = k.shape[-1]
         if slots.kv_rows is not None:
             k, v = k.index_select(0, slots.kv_rows), v.index_select(0, slots.kv_rows)
         rows = pool.view(-1, head_dim)
-        _store(rows, slots.key_slots, k.reshape(-1, head_dim))
-        _store(rows, slots.value_slots, v.reshape(-1, head_dim))
+        _store(rows, slots.key_slots, k.reshape(-1, head_dim), slots.is_padded)
+        _store(rows, slots.value_slots, v.reshape(-1, head_dim), slots.is_padded)
     if slots.hidden_slots.numel():
         assert x is not None, "hidden rows need the layer input"
         if slots.hidden_rows is not None:
             x = x.index_select(0, slots.hidden_rows)
         width = pool.shape[-1]
-        _store(pool.view(-1, width), slots.hidden_slots, x.reshape(-1, width))
+        _store(pool.view(-1, width), slots.hidden_slots, x.reshape(-1, width), slots.is_padded)
 
 
-def _store(rows: Tensor, slots: Tensor, vectors: Tensor) -> None:
-    if bool((slots < 0).any()):
+def _store(rows: Tensor, slots: Tensor, vectors: Tensor, is_padded: bool) -> None:
+    if is_padded:
         real = slots >= 0
         slots, vectors = slots[real], vectors[real]
     rows.index_copy_(0, slots, vectors)

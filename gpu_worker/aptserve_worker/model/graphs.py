@@ -171,6 +171,7 @@ class DecodeGraphs:
             hidden_slots=slots.get(Tier.HIDDEN, (none, none))[0],
             kv8_rows=rows[Tier.KV8],
             kv8_slots=slots[Tier.KV8][0] if Tier.KV8 in slots else None,
+            is_padded=True,
         )
 
     def _shapes(self) -> list[Shape]:

@@ -114,8 +114,7 @@ def test_folding_reads_the_weights_once() -> None:
     assert costs.unfold(SMALL) == Cost(weights + wide, narrow, 2 * 2 * 16 * 32)
 
 
-def test_gathers() -> None:
-    assert costs.gather_kv(SMALL) == Cost(40 * 64 + 2 * 2 * 2 * 8, 40 * 64, 0)
+def test_a_gather_reads_and_writes_states_once() -> None:
     assert costs.gather_hidden(SMALL) == Cost(40 * 32 + 2 * 2 * 8, 40 * 32, 0)
 
 
