@@ -150,6 +150,7 @@ class ModelEngine:
                     self._tables.units(sequence.tier, sequence.row, sequence.num_blocks)
                 )
                 self._tables.give_row(sequence.row)
+                self._sampler.forget(sequence.row)
 
     def reset(self) -> None:
         """Forget every sequence."""

@@ -108,6 +108,8 @@ class ModelRunner:
     def _backend(self, asked: Backend) -> Backend:
         """What was asked for; by itself the worker falls back where kernels do not fit."""
         refused = refused_by_triton(self.geometry)
+        if asked == "cpu" and self.device.type != "cpu":
+            raise UnsupportedModelError("--kernels cpu needs --device cpu.")
         if asked == "triton" and self.device.type == "cpu" and not _is_interpreted():
             raise UnsupportedModelError("--kernels triton needs a GPU.")
         if asked == "triton" and refused:

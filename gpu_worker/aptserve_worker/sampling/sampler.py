@@ -46,8 +46,8 @@ class Sampler:
         self._max_num_seqs = max_num_seqs
         self._eos = tuple(eos)
         self._counts: Tensor | None = None
-        self._counted: dict[int, int] = {}
-        """By row of the counts, the id of the sequence that they are of."""
+        self._counted: set[int] = set()
+        """Rows of the counts that hold those of the sequence that owns the row."""
 
     def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
         """The next token of each sequence; None where its logits hold no finite maximum.
@@ -73,6 +73,10 @@ class Sampler:
             None if token < 0 else Sampled(token, wanted.get(place.get(i, -1)))
             for i, token in enumerate(chosen)
         ]
+
+    def forget(self, row: int) -> None:
+        """The sequence of a row is gone; another may own the row next, even under the same id."""
+        self._counted.discard(row)
 
     def _sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[Tensor, Tensor]:
         device = logits.device
@@ -103,7 +107,7 @@ class Sampler:
         if self._counts is None:
             self._counts = new_counts(self._max_num_seqs, logits.shape[1], logits.device)
         for sequence in sequences:
-            if _has_penalties(sequence) and self._counted.get(sequence.row) != sequence.sequence_id:
+            if _has_penalties(sequence) and sequence.row not in self._counted:
                 self._begin_counting(self._counts, sequence)
         wishes = [s.sampling for s in sequences]
 
@@ -124,7 +128,7 @@ class Sampler:
 
         prompt = on_device(sorted(set(sequence.token_ids[: sequence.num_prompt_tokens])))
         set_counts(counts, sequence.row, prompt, on_device(sequence.output_token_ids))
-        self._counted[sequence.row] = sequence.sequence_id
+        self._counted.add(sequence.row)
 
     def _bias(self, sequences: Seq[Sequence], device: torch.device) -> TokenBias | None:
         entries: list[tuple[int, int, float]] = []

@@ -91,8 +91,7 @@ class Room:
         """A place for a request that needs so much, all of it from some whose pause pays."""
         if not self._patient:
             return False
-        pays = self._pays()
-        rows = [row for row in self._patient if pays[row]]
+        rows = [row for row in self._patient if self._is_worth_it[row]]
         if self._held_by(rows) < num_units:
             return False
         before = self.num_free
@@ -102,6 +101,11 @@ class Room:
             self._patient.remove(row)
             self._evict(row)
         return self.take(num_units)
+
+    @cached_property
+    def _is_worth_it(self) -> list[bool]:
+        worth: list[bool] = self._pays().tolist()
+        return worth
 
     @cached_property
     def _patient(self) -> deque[int]:

@@ -198,3 +198,23 @@ def test_calibration_gives_usable_coefficients(checkpoint: Checkpoints):
     assert all(v >= 0.0 for v in values)
     assert 0.0 < c.base_seconds + c.seconds_per_sequence + c.seconds_per_token < 1.0
     assert e.allocator.num_free == e.info.num_units
+
+
+def test_an_id_and_row_used_again_start_without_a_history(opt: ModelEngine):
+    """A scheduler that reattaches counts its sequences from 1 again."""
+    wishes = Sampling(max_tokens=8, seed=0, frequency_penalty=2.0, repetition_penalty=2.0)
+
+    def run() -> list[int]:
+        opt.reset()
+        new, tokens = NewSequence(1, "r", [5, 6, 7], 3, Tier.KV, wishes), [5, 6, 7]
+        for step in range(6):
+            done, count = (0, 3) if step == 0 else (len(tokens) - 1, 1)
+            plan = BatchPlan(
+                step,
+                new=[new] if step == 0 else (),
+                scheduled=[ScheduledSequence(1, done, count)],
+            )
+            tokens += opt.execute(plan).outputs[0].token_ids
+        return tokens
+
+    assert run() == run()

@@ -168,12 +168,12 @@ def test_penalties_follow_a_sequence_and_not_its_row(logits: torch.Tensor):
         chosen = sampler.sample(logits.unsqueeze(0), [first])[0]
         assert chosen is not None
         first.token_ids.append(chosen.token_id)
+    sampler.forget(first.row)
     other = make_sequence(tokens=list(tokens), **wishes)
-    other.sequence_id = 2
     fresh = Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [other])
     assert sampler.sample(logits.unsqueeze(0), [other]) == fresh
     back = make_sequence(tokens=list(first.token_ids), output=4, **wishes)
-    back.sequence_id, back.row = 3, 1
+    back.row = 1
     wanted = Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [back])
     assert sampler.sample(logits.unsqueeze(0), [back]) == wanted
     first.row = 2  # counted on as it went, against counted at once
