@@ -176,15 +176,21 @@ def _states(pool: Tensor, chunk: _HiddenChunk, batch: DecodeBatch) -> Tensor:
 
 
 def decode_hidden(
-    folded: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionParams
+    folded: Tensor,
+    pool: Tensor,
+    batch: DecodeBatch,
+    params: AttentionParams,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """As :func:`aptserve_kernels.reference.decode_hidden`."""
     chunks = batch.derived(("hidden", params.window), lambda: _hidden_chunks(batch, params.window))
     out = torch.zeros(folded.shape)
+    if log_sums is not None:
+        log_sums.fill_(float("-inf"))
     for chunk in chunks:
         x = _states(pool, chunk, batch)
         scores = torch.bmm(folded.index_select(0, chunk.members), x.transpose(1, 2))
-        out[chunk.members] = torch.bmm(_weights(scores, chunk, params), x)
+        out[chunk.members] = torch.bmm(_weights(scores, chunk, params, log_sums), x)
     return out
 
 
@@ -194,12 +200,15 @@ def decode_projected(
     batch: DecodeBatch,
     params: AttentionParams,
     projection: KeyProjection,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """As :func:`aptserve_kernels.reference.decode_projected`."""
     g = batch.geometry
     chunks = batch.derived(("hidden", params.window), lambda: _hidden_chunks(batch, params.window))
     group = q.shape[1] // g.num_kv_heads
     out = torch.zeros(q.shape[0], q.shape[1], g.hidden_size)
+    if log_sums is not None:
+        log_sums.fill_(float("-inf"))
     for chunk in chunks:
         x = _states(pool, chunk, batch)
         positions = torch.arange(chunk.max_length).repeat(len(chunk.members))
@@ -207,14 +216,18 @@ def decode_projected(
         keys = keys.view(len(chunk.members), chunk.max_length, g.num_kv_heads, g.head_dim)
         queries = q.index_select(0, chunk.members).view(-1, g.num_kv_heads, group, g.head_dim)
         scores = torch.einsum("bkgd,blkd->bkgl", queries, keys).flatten(1, 2)
-        out[chunk.members] = torch.bmm(_weights(scores, chunk, params), x)
+        out[chunk.members] = torch.bmm(_weights(scores, chunk, params, log_sums), x)
     return out
 
 
-def _weights(scores: Tensor, chunk: _HiddenChunk, params: AttentionParams) -> Tensor:
+def _weights(
+    scores: Tensor, chunk: _HiddenChunk, params: AttentionParams, log_sums: Tensor | None
+) -> Tensor:
     scores = reference.cap(scores.mul_(params.scaling), params.softcap)
     if chunk.unseen is not None:
         scores = scores.masked_fill_(chunk.unseen, float("-inf"))
+    if log_sums is not None:
+        log_sums[chunk.members] = scores.logsumexp(-1)
     return scores.softmax(-1)
 
 

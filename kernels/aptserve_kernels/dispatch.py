@@ -115,11 +115,24 @@ class Promote(Protocol):
     ) -> None: ...
 
 
-class Decode(Protocol):
-    """See ``decode_kv`` and ``decode_hidden`` in :mod:`aptserve_kernels.reference`."""
+class DecodeKv(Protocol):
+    """See :func:`aptserve_kernels.reference.decode_kv`."""
 
     def __call__(
-        self, q: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionParams, /
+        self, q: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionParams
+    ) -> Tensor: ...
+
+
+class DecodeHidden(Protocol):
+    """See :func:`aptserve_kernels.reference.decode_hidden`."""
+
+    def __call__(
+        self,
+        folded: Tensor,
+        pool: Tensor,
+        batch: DecodeBatch,
+        params: AttentionParams,
+        log_sums: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -133,6 +146,7 @@ class DecodeProjected(Protocol):
         batch: DecodeBatch,
         params: AttentionParams,
         projection: KeyProjection,
+        log_sums: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -167,8 +181,8 @@ class Kernels:
     gather_hidden: GatherHidden = field(default=reference.gather_hidden)
     attend_ragged: AttendRagged = field(default=reference.attend_ragged)
     prefill_kv: Prefill = field(default=reference.prefill_kv)
-    decode_kv: Decode = field(default=reference.decode_kv)
-    decode_hidden: Decode = field(default=reference.decode_hidden)
+    decode_kv: DecodeKv = field(default=reference.decode_kv)
+    decode_hidden: DecodeHidden = field(default=reference.decode_hidden)
     decode_projected: DecodeProjected = field(default=reference.decode_projected)
     promote: Promote = field(default=promotion.promote)
     write_kv8: WriteKv8 = field(default=quantised.write_kv8)

@@ -33,3 +33,15 @@ def hidden_rows(units: Tensor, offsets: Tensor, geometry: UnitGeometry) -> Tenso
 def split_kv(units: Tensor, geometry: UnitGeometry) -> tuple[Tensor, Tensor]:
     """The K part and the V part of ``[..., kv_units]``."""
     return units[..., : geometry.key_units], units[..., geometry.key_units :]
+
+
+def kv_slots(units: Tensor, offsets: Tensor, geometry: UnitGeometry) -> tuple[Tensor, Tensor]:
+    """Key and value rows of tokens at ``offsets`` in blocks ``units`` ``[tokens, kv_units]``.
+
+    Each flat, one per (token, KV head): see :class:`aptserve_kernels.batch.WriteSlots`.
+    """
+    key_units, value_units = split_kv(units, geometry)
+    return (
+        head_rows(key_units, offsets, geometry).view(-1),
+        head_rows(value_units, offsets, geometry).view(-1),
+    )

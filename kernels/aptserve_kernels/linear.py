@@ -52,6 +52,8 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def _packed(module: nn.Module) -> PackedLinear | None:
+    if "forward" in vars(module):  # someone wrapped it, such as for a part of its weights
+        return None
     if type(module) is nn.Linear:
         return PackedLinear(module.weight, module.bias)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

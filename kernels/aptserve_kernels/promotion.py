@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aptserve_kernels.batch import KeyProjection, LinearMap, WriteSlots
 from aptserve_kernels.geometry import UnitGeometry
-from aptserve_kernels.index import head_rows, split_kv
+from aptserve_kernels.index import kv_slots
 from aptserve_kernels.reference import gather_hidden, project_keys, write_cache
 
 
@@ -30,8 +30,5 @@ def promote(
     tokens = torch.arange(x.shape[0], device=pool.device)
     k = project_keys(x, tokens, key, g.head_dim)
     v = value(x).view(-1, g.num_kv_heads, g.head_dim)
-    key_units, value_units = split_kv(kv_table[tokens // g.block_size], g)
-    offsets = tokens % g.block_size
-    keys, values = head_rows(key_units, offsets, g), head_rows(value_units, offsets, g)
-    none = tokens.new_zeros(0)
-    write_cache(pool, k, v, None, WriteSlots(None, keys.view(-1), values.view(-1), None, none))
+    slots = kv_slots(kv_table[tokens // g.block_size], tokens % g.block_size, g)
+    write_cache(pool, k, v, None, WriteSlots(None, *slots, None, tokens.new_zeros(0)))

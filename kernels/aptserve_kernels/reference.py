@@ -241,18 +241,21 @@ def _attend_each(
 
 
 def decode_hidden(
-    folded: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionParams
+    folded: Tensor,
+    pool: Tensor,
+    batch: DecodeBatch,
+    params: AttentionParams,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """Attention of folded queries over hidden states, which serve as keys and as values.
 
     ``folded``: ``[batch, heads, hidden_size]``, the query of each head times its key weights.
     Returns ``[batch, heads, hidden_size]``, to be unfolded by the value weights.
+
+    ``log_sums``: ``[batch, heads]`` float32, filled with the logarithm of the sum of exponentials
+    of each row's scores, -inf where there are none: what :func:`join_parts` needs.
     """
-    out = torch.zeros_like(folded)
-    for i, length in _occupied(batch):
-        x = gather_hidden(pool, _blocks(batch, i, length), length, batch.geometry).unsqueeze(1)
-        out[i] = attend(folded[i : i + 1], x, x, params)[0]
-    return out
+    return _decode_states(folded, folded, pool, batch, params, log_sums, lambda x: x.unsqueeze(1))
 
 
 def decode_projected(
@@ -261,24 +264,63 @@ def decode_projected(
     batch: DecodeBatch,
     params: AttentionParams,
     projection: KeyProjection,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """Attention with keys projected from hidden states, values left as hidden states.
 
     ``q``: ``[batch, heads, head_dim]``. Returns ``[batch, heads, hidden_size]``, to be unfolded by
-    the value weights.
+    the value weights. ``log_sums``: see :func:`decode_hidden`.
     """
     g = batch.geometry
     out = q.new_zeros(q.shape[0], q.shape[1], g.hidden_size)
-    group = q.shape[1] // g.num_kv_heads
+
+    def keys(x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[0], device=x.device)
+        return project_keys(x, positions, projection, g.head_dim)
+
+    return _decode_states(q, out, pool, batch, params, log_sums, keys)
+
+
+def _decode_states(
+    q: Tensor,
+    like: Tensor,
+    pool: Tensor,
+    batch: DecodeBatch,
+    params: AttentionParams,
+    log_sums: Tensor | None,
+    keys_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Sums of hidden states weighted by the scores of ``q`` against keys made from them.
+
+    ``keys_of``: from hidden states ``[tokens, hidden_size]`` to keys ``[tokens, key_heads, size]``.
+    """
+    out = torch.zeros_like(like)
+    if log_sums is not None:
+        log_sums.fill_(float("-inf"))
     for i, length in _occupied(batch):
-        x = gather_hidden(pool, _blocks(batch, i, length), length, g)
-        positions = torch.arange(length, device=x.device)
-        k = project_keys(x, positions, projection, g.head_dim).repeat_interleave(group, 1)
-        scores = cap(torch.einsum("hd,lhd->hl", q[i], k) * params.scaling, params.softcap)
-        unseen = ~causal_mask(1, length, params.window, x.device)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        out[i] = scores.masked_fill(unseen, float("-inf")).softmax(-1, dtype=wide).to(x.dtype) @ x
+        x = gather_hidden(pool, _blocks(batch, i, length), length, batch.geometry)
+        keys = keys_of(x)
+        keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
+        scores = cap(torch.einsum("hd,lhd->hl", q[i], keys) * params.scaling, params.softcap)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(
+            ~causal_mask(1, length, params.window, x.device), float("-inf")
+        )
+        if log_sums is not None:
+            log_sums[i] = scores.logsumexp(-1)
+        out[i] = scores.softmax(-1).to(x.dtype) @ x
     return out
+
+
+def join_parts(parts: Tensor, log_sums: Tensor) -> Tensor:
+    """Attention over a context from attention over disjoint parts of it.
+
+    ``parts``: ``[parts, rows, heads, width]``, ``log_sums``: ``[parts, rows, heads]``, see
+    :func:`decode_hidden`. Returns ``[rows, heads, width]``; zeros where no part has a token.
+    """
+    largest = log_sums.amax(0).clamp_min(torch.finfo(log_sums.dtype).min)
+    shares = (log_sums - largest).exp()
+    shares = shares / shares.sum(0).clamp_min(torch.finfo(shares.dtype).tiny)
+    return (shares.unsqueeze(-1) * parts).sum(0)
 
 
 def fold_queries(q: Tensor, key_weight: Tensor) -> Tensor:

@@ -167,7 +167,11 @@ def _config(dtype: torch.dtype, heads: int, vendor: str, *, is_small: bool) -> _
 
 
 def decode_hidden(
-    folded: Tensor, pool: Tensor, batch: DecodeBatch, params: AttentionParams
+    folded: Tensor,
+    pool: Tensor,
+    batch: DecodeBatch,
+    params: AttentionParams,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """As :func:`aptserve_kernels.reference.decode_hidden`; sequences without tokens give zeros.
 
@@ -175,7 +179,10 @@ def decode_hidden(
     """
     check_cache(pool, batch)
     check_rows("folded", folded, pool, batch, batch.geometry.hidden_size)
-    return weighted_sum(_tile_weights(folded, pool, batch, params), pool, batch, params)
+    weights = _tile_weights(folded, pool, batch, params)
+    if log_sums is not None:
+        weights.write_log_sums(log_sums, batch, params)
+    return weighted_sum(weights, pool, batch, params)
 
 
 def _tile_weights(

@@ -29,6 +29,7 @@ def decode_projected(
     batch: DecodeBatch,
     params: AttentionParams,
     projection: KeyProjection,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """As :func:`aptserve_kernels.reference.decode_projected`; sequences without tokens give zeros.
 
@@ -43,6 +44,8 @@ def decode_projected(
         project_and_score(q, pool, batch, params, projection, weights)
     else:
         merge_products(_products(q, pool, batch, projection, weights), weights, batch, params)
+    if log_sums is not None:
+        weights.write_log_sums(log_sums, batch, params)
     return weighted_sum(weights, pool, batch, params)
 
 

@@ -13,6 +13,7 @@ state: less than 2 % where a head has 64 elements or more.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,17 @@ class TileWeights:
     def num_tiles(self) -> int:
         """Tiles of a row."""
         return self.maxima.shape[2]
+
+    def write_log_sums(self, out: Tensor, batch: DecodeBatch, params: AttentionParams) -> None:
+        """Fill ``out`` ``[batch, heads]`` float32 with the logarithms of the sums of all tiles."""
+        lengths = batch.lengths.unsqueeze(1)
+        starts = torch.arange(self.num_tiles, device=lengths.device) * self.tile
+        seen = (starts < lengths) & (starts + self.tile > lengths - window_of(params))
+        unseen = ~seen.unsqueeze(1)
+        maxima = self.maxima.masked_fill(unseen, float("-inf"))
+        largest = maxima.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        sums = (self.sums.masked_fill(unseen, 0.0) * (maxima - largest).exp2()).sum(-1)
+        out.copy_((sums.log2() + largest.squeeze(-1)) * math.log(2))
 
 
 def num_tiles(batch: DecodeBatch, tile: int) -> int:

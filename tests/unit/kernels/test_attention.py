@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aptserve_kernels import AttentionParams, KeyProjection, LinearMap, Rotary, cpu, resolve
+from aptserve_kernels import (
+    AttentionParams,
+    Kernels,
+    KeyProjection,
+    LinearMap,
+    Rotary,
+    cpu,
+    resolve,
+)
 from aptserve_kernels import reference as ref
 from support.caches import PagedCache, make_geometry
+from torch import Tensor
 
 CPU = resolve(torch.device("cpu"), torch.float32)
 LENGTHS = [[1], [4], [5], [1, 3, 4, 5, 17], [9, 9, 9], [40, 2]]
@@ -126,6 +135,40 @@ def test_decode_projected(
     for decode in (ref.decode_projected, CPU.decode_projected):
         got = decode(q, cache.pool, cache.decode_batch(), params, projection)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[1], [2, 1], [9, 3, 16], [40, 0, 2]])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("kernels", [resolve(torch.device("cpu"), torch.float32, "reference"), CPU])
+def test_parts_of_a_context_join_to_the_whole(
+    lengths: list[int], window: int | None, kernels: Kernels
+):
+    """Three parts of every third token each, as ranks hold them; some have none."""
+    torch.manual_seed(0)
+    projection = KeyProjection(LinearMap(torch.randn(32, 32) / 5, torch.randn(32)))
+    q, folded = torch.randn(len(lengths), 4, 8), torch.randn(len(lengths), 4, 32)
+    states = [torch.randn(n, 32) for n in lengths]
+    geometry = make_geometry()
+
+    def attend(states: list[Tensor], window: int | None) -> tuple[Tensor, Tensor]:
+        """Of both forms, one after the other: results and sums."""
+        counts = [len(x) for x in states]
+        cache = PagedCache.make(geometry, counts, tier_units=geometry.hidden_units)
+        empty = torch.zeros(sum(counts), 0, 8)
+        ref.write_cache(cache.pool, empty, empty, torch.cat(states), cache.slots(hidden=True))
+        params, batch = AttentionParams(0.3, window=window), cache.decode_batch()
+        sums = torch.empty(2, len(states), 4)
+        absorbed = kernels.decode_hidden(folded, cache.pool, batch, params, sums[0])
+        projected = kernels.decode_projected(q, cache.pool, batch, params, projection, sums[1])
+        return torch.cat((absorbed, projected)), sums.flatten(0, 1)
+
+    whole, whole_sums = attend(states, window)
+    parts = [
+        attend([x[r::3] for x in states], None if window is None else window // 3) for r in range(3)
+    ]
+    outs, sums = (torch.stack(each) for each in zip(*parts, strict=True))
+    torch.testing.assert_close(ref.join_parts(outs, sums), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.logsumexp(0), whole_sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "length"), [(1, 1), (7, 7), (3, 10), (16, 33)])

@@ -53,11 +53,14 @@ def _folded(cache: PagedCache, heads: int) -> Tensor:
 
 def _check(cache: PagedCache, heads: int, params: AttentionParams) -> None:
     folded = _folded(cache, heads)
-    wanted = ref.decode_hidden(folded.double(), cache.pool.double(), cache.decode_batch(), params)
-    got = decode_hidden(folded, cache.pool, cache.decode_batch(), params)
+    batch = cache.decode_batch()
+    wanted_sums, sums = torch.empty(2, *folded.shape[:2]).unbind()
+    wanted = ref.decode_hidden(folded.double(), cache.pool.double(), batch, params, wanted_sums)
+    got = decode_hidden(folded, cache.pool, batch, params, sums)
     assert got.dtype == cache.pool.dtype
     tolerance = TOLERANCE[cache.pool.dtype]
     torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(sums, wanted_sums, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(autouse=True)

@@ -73,21 +73,23 @@ class Case:
             KeyProjection(LinearMap(weight.to(dtype), bias), norm, rotary),
         )
 
-    def run(self, params: AttentionParams) -> Tensor:
-        batch = self.cache.decode_batch()
-        return decode_projected(self.q, self.cache.pool, batch, params, self.projection)
+    def run(self, params: AttentionParams, log_sums: Tensor | None = None) -> Tensor:
+        batch, pool = self.cache.decode_batch(), self.cache.pool
+        return decode_projected(self.q, pool, batch, params, self.projection, log_sums)
 
     def check(self, params: AttentionParams = PLAIN) -> None:
         p, batch = self.projection, self.cache.decode_batch()
         bias = None if p.map.bias is None else p.map.bias.double()
         wide = KeyProjection(LinearMap(p.map.weight.double(), bias), p.norm, p.rotary)
+        wanted_sums, sums = torch.empty(2, *self.q.shape[:2]).unbind()
         wanted = ref.decode_projected(
-            self.q.double(), self.cache.pool.double(), batch, params, wide
+            self.q.double(), self.cache.pool.double(), batch, params, wide, wanted_sums
         )
-        got = self.run(params)
+        got = self.run(params, sums)
         assert got.dtype == self.q.dtype
         tolerance = TOLERANCE[self.q.dtype]
         torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(sums, wanted_sums, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("params", PARAMS)
