@@ -84,12 +84,12 @@ def _chunks(
     row = tables.take_row()
     assert row is not None
     sequence = Sequence(0, "", ids, len(ids), Sampling(1, 0), tier, row)
-    units = allocator.allocate(runner.geometry.num_blocks(len(ids)) * runner.units_per_block[tier])
+    units = allocator.allocate(runner.shard.num_blocks(len(ids)) * runner.units_per_block[tier])
     assert units is not None
     sequence.num_blocks = tables.extend(tier, row, 0, units)
     for start in range(0, len(ids), CHUNK):
         count = min(CHUNK, len(ids) - start)
-        step = build_step([Part(sequence, count)], tables, runner.geometry, runner.device)
+        step = build_step([Part(sequence, count)], tables, runner.shard, runner.device)
         rows = torch.arange(count)
         logits = runner.forward(step.token_ids, step.positions, step.attention, rows)
         sequence.num_computed += count

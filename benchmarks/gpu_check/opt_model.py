@@ -63,14 +63,18 @@ def make_model(device: torch.device, *, is_tiny: bool) -> LoadedModel:
 def make_engine(loaded: LoadedModel, **changes: Any) -> ModelEngine:
     """The worker's engine over the model, with both exact tiers unless told."""
     is_tiny = loaded.vocab_size == _TINY["vocab_size"]
-    settings: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "calibrate": False,
         "max_num_seqs": 8 if is_tiny else 256,
         "kernels": "triton" if is_tiny else "auto",
         **({"pool_units": 64} if is_tiny else {}),
         **changes,
     }
-    return ModelEngine(loaded, stand_ins.engine_settings(**settings))
+    settings = stand_ins.engine_settings(**chosen)
+    engine = ModelEngine(loaded, settings)
+    if settings.calibrate:
+        engine.measure(engine)
+    return engine
 
 
 def detach(model: nn.Module) -> None:

@@ -106,6 +106,8 @@ class WorkerSettings(BaseSettings):
     """Most new tokens in one batch."""
     device: str = Field("auto", min_length=1)
     """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    tensor_parallel: int = Field(1, ge=1, le=64)
+    """GPUs that share the model, each with a part of every layer; on a CPU, processes."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of weights and cache."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
@@ -131,6 +133,15 @@ class WorkerSettings(BaseSettings):
     def _check_together(self) -> WorkerSettings:
         if self.pool_units is not None and self.pool_memory is not None:
             raise ValueError(f"pool_memory={self.pool_memory}: pool_units is given as well")
+        if self.tensor_parallel > 1 and ":" in self.device:
+            raise ValueError(
+                f"device={self.device}: tensor_parallel takes the first {self.tensor_parallel}"
+                " GPUs; choose others with CUDA_VISIBLE_DEVICES"
+            )
+        if self.tensor_parallel > 1 and self.model == FAKE_MODEL:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel}: the fake model has nothing to divide"
+            )
         if self.tiers is not None:
             if Tier.KV not in self.tiers:
                 raise ValueError("tiers: kv must be among them, every model starts there")

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from aptserve_worker.cache.allocator import UnitAllocator
 from aptserve_worker.cache.tables import BlockTables
-from aptserve_worker.calibration import UNCALIBRATED, Measured, Shape, calibrate
+from aptserve_worker.calibration import UNCALIBRATED, Measured, Runner, Shape, calibrate
 from aptserve_worker.model.graphs import CudaRecorder, DecodeGraphs, without_recording
 from aptserve_worker.model.loading import LoadedModel, load_model
 from aptserve_worker.model.runner import ModelRunner, PoolSettings
 from aptserve_worker.model.scratch import Limits
 from aptserve_worker.model.step import Part, build_step
+from aptserve_worker.parallel.group import ALONE, RankGroup
 from aptserve_worker.plan import (
     BatchPlan,
     EngineInfo,
@@ -43,8 +44,14 @@ _CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 class ModelEngine:
     """Runs plans on one model; implements :class:`aptserve_worker.plan.Engine`."""
 
-    def __init__(self, loaded: LoadedModel, settings: WorkerSettings) -> None:
-        """Attach caches, measure. Raises :class:`UnsupportedModelError`."""
+    def __init__(
+        self, loaded: LoadedModel, settings: WorkerSettings, group: RankGroup = ALONE
+    ) -> None:
+        """Attach caches to ``loaded``, of a group of ranks to this one's part of it.
+
+        Raises :class:`UnsupportedModelError`.
+        """
+        self._loaded, self._group = loaded, group
         self._runner = ModelRunner(
             loaded,
             PoolSettings(
@@ -60,32 +67,34 @@ class ModelEngine:
                 code_dtype=_CODE_DTYPES[settings.kv8_format],
             ),
             settings.kernels,
+            group,
         )
         self._eos = tuple(loaded.eos_token_ids)
         self._context_length = loaded.context_length
         self._max_num_seqs = settings.max_num_seqs
         self._max_num_batched_tokens = settings.max_num_batched_tokens
-        self._sampler = Sampler(self._runner.kernels, settings.max_num_seqs, self._eos)
+        self._sampler = Sampler(self._runner.kernels, settings.max_num_seqs, self._eos, group.agree)
         is_padded = settings.graphs == "eager" or (
             settings.graphs == "auto" and self._runner.device.type == "cuda"
         )
         self._tables = BlockTables(
             self._max_num_seqs,
-            self._runner.geometry.num_blocks(self._context_length),
+            self._runner.shard.num_blocks(self._context_length),
             self._runner.units_per_block,
             self._runner.device if is_padded else None,
         )
         self._graphs = self._record_graphs(settings) if is_padded else None
-        self._clear()
-        measured = calibrate(self, self._shape()) if settings.calibrate else UNCALIBRATED
-        self._clear()
-        self._info = self._describe(loaded, measured)
-
-    def _clear(self) -> None:
-        runner = self._runner
+        self._tables.clear()  # recorded steps have no sequence, but they may have left entries
         self._sequences: dict[int, Sequence] = {}
-        self.allocator = UnitAllocator(runner.pool.num_units)
-        self._tables.clear()
+        self.allocator = UnitAllocator(self._runner.pool.num_units)
+        self._info = self._describe(UNCALIBRATED)
+
+    def measure(self, through: Runner) -> None:
+        """Time steps and advertise what they cost; takes a couple of seconds.
+
+        ``through``: this engine, or what runs a plan on it and on the other ranks.
+        """
+        self._info = self._describe(calibrate(through, self._shape()))
 
     def _record_graphs(self, settings: WorkerSettings) -> DecodeGraphs | None:
         """Recorded decode steps; None, and a warning, where a model's cannot be recorded."""
@@ -93,19 +102,21 @@ class ModelEngine:
         graphs = DecodeGraphs(
             runner.forward,
             self._tables,
-            runner.geometry,
+            runner.shard,
             runner.device,
             self._max_num_seqs,
             without_recording if settings.graphs == "eager" else CudaRecorder(),
         )
         try:
             graphs.record_all()
+            is_recorded = True
         except RuntimeError as error:
             if settings.graphs == "eager":
                 raise
             log.warning("graphs.unavailable", reason=str(error).partition("\n")[0])
-            return None
-        return graphs
+            is_recorded = False
+        # Ranks that run different kernels for a step would wait for each other in the wrong places.
+        return graphs if self._group.least(int(is_recorded), runner.device) else None
 
     @property
     def info(self) -> EngineInfo:
@@ -135,7 +146,7 @@ class ModelEngine:
         recorded = None if self._graphs is None else self._graphs.run(parts)
         if recorded is not None:
             return recorded
-        step = build_step(parts, self._tables, self._runner.geometry, self._runner.device)
+        step = build_step(parts, self._tables, self._runner.shard, self._runner.device)
         logits = self._runner.forward(
             step.token_ids, step.positions, step.attention, step.logit_rows
         )
@@ -194,7 +205,7 @@ class ModelEngine:
         return parts, skipped
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
-        missing = self._runner.geometry.num_blocks(num_tokens) - sequence.num_blocks
+        missing = self._runner.shard.num_blocks(num_tokens) - sequence.num_blocks
         if missing <= 0:
             return
         units = self._allocate(missing * self._runner.units_per_block[sequence.tier])
@@ -265,14 +276,14 @@ class ModelEngine:
             tiers=tuple(self._runner.units_per_block),
             units_per_block=dict(self._runner.units_per_block),
             num_units=self._runner.pool.num_units,
-            block_size=self._runner.geometry.block_size,
+            block_size=self._runner.shard.block_size,
             context_length=self._context_length,
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
         )
 
-    def _describe(self, loaded: LoadedModel, measured: Measured) -> EngineInfo:
-        runner = self._runner
+    def _describe(self, measured: Measured) -> EngineInfo:
+        runner, loaded = self._runner, self._loaded
         tiers = [
             TierInfo(
                 tier,
@@ -291,26 +302,27 @@ class ModelEngine:
             eos_token_ids=self._eos,
             tokenizer_json=loaded.tokenizer_json,
             num_units=runner.pool.num_units,
-            block_size=runner.geometry.block_size,
-            unit_bytes=runner.unit_bytes,
+            block_size=runner.shard.block_size,
+            unit_bytes=runner.unit_bytes * self._group.size,
             tiers=tiers,
             calibration=measured.coefficients,
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
-            device=device_name(runner.device),
+            device=device_name(runner.device, self._group.size),
         )
 
 
-def device_name(device: torch.device) -> str:
-    """A device by the name people know it by."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def device_name(device: torch.device, count: int = 1) -> str:
+    """A device, or several of it, by the name people know it by."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if count == 1 else f"{count} x {name}"
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU if there is one."""
+def choose_device(name: str, rank: int = 0) -> torch.device:
+    """``auto`` is the first GPU if there is one; of several ranks each takes its own."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", rank) if name == "cuda" else torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -322,11 +334,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def build_engine(settings: WorkerSettings) -> ModelEngine:
-    """Load the model of ``settings`` and make it ready to run plans."""
+def load_engine(settings: WorkerSettings, group: RankGroup = ALONE) -> ModelEngine:
+    """Load the model of ``settings``, or a rank's part of it, and make it ready to run plans."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    loaded = load_model(settings.model, name=settings.model_name, device=device, dtype=dtype)
-    return ModelEngine(loaded, settings)
+    device = choose_device(settings.device, group.rank)
+    loaded = load_model(
+        settings.model,
+        name=settings.model_name,
+        device=device,
+        dtype=choose_dtype(settings.dtype, device),
+        group=group,
+    )
+    return ModelEngine(loaded, settings, group)
+
+
+def build_engine(settings: WorkerSettings) -> ModelEngine:
+    """An engine of one process that has measured what its steps cost, if it is to."""
+    engine = load_engine(settings)
+    if settings.calibrate:
+        engine.measure(engine)
+    return engine

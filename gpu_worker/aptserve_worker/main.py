@@ -12,15 +12,10 @@ import uvloop
 
 from aptserve_worker.config import FAKE_MODEL, WorkerSettings
 from aptserve_worker.device_thread import DeviceStuckError, DeviceThread
+from aptserve_worker.exit_codes import EXIT_BROKEN, EXIT_OK, EXIT_PERMANENT
 from aptserve_worker.logs import configure_logging
 from aptserve_worker.plan import Engine
 from aptserve_worker.session import RefusedError, WorkerBrokenError, WorkerSession
-
-EXIT_OK = 0
-EXIT_BROKEN = 1
-"""The engine could not be built, fails again and again, or is stuck: a supervisor may restart."""
-EXIT_PERMANENT = 3
-"""The model cannot be served or the scheduler refuses it: restarting does not help."""
 
 CLOSE_TIMEOUT_SECONDS = 5.0
 """Longest wait at the end for the step under way; the process leaves without it."""
@@ -32,6 +27,10 @@ def build_engine(settings: WorkerSettings) -> Engine:
         from aptserve_worker.fake import FakeEngine, FakeModel
 
         return FakeEngine(FakeModel.from_settings(settings))
+    if settings.tensor_parallel > 1:
+        from aptserve_worker.parallel.engine import ParallelEngine
+
+        return ParallelEngine(settings)
     from aptserve_worker import engine
 
     return engine.build_engine(settings)

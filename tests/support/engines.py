@@ -11,6 +11,7 @@ from aptserve_worker.config import WorkerSettings
 from aptserve_worker.engine import ModelEngine, build_engine
 from aptserve_worker.plan import (
     BatchPlan,
+    Engine,
     FinishReason,
     NewSequence,
     Sampling,
@@ -22,22 +23,26 @@ from aptserve_worker.plan import (
 _IDS = itertools.count(1)
 
 
-def make_engine(model: Path, **changes: Any) -> ModelEngine:
-    settings: dict[str, Any] = {
+def engine_settings(model: Path, **changes: Any) -> dict[str, Any]:
+    return {
         "model": str(model),
         "calibrate": False,
         "block_size": 4,
         "pool_units": 1500,
         "max_num_seqs": 40,
         "num_threads": 1,
+        **changes,
     }
-    return build_engine(WorkerSettings(**{**settings, **changes}))
+
+
+def make_engine(model: Path, **changes: Any) -> ModelEngine:
+    return build_engine(WorkerSettings(**engine_settings(model, **changes)))
 
 
 class Driver:
     """Keeps the scheduler's side of the bookkeeping for some sequences."""
 
-    def __init__(self, engine: ModelEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokens: dict[int, list[int]] = {}
         self.prompts: dict[int, int] = {}

@@ -187,6 +187,19 @@ Device = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel",
+        metavar="COUNT",
+        min=1,
+        max=64,
+        show_default="1",
+        help="GPUs of this machine that share the model, each with a part of every layer. On a CPU "
+        "they are processes.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

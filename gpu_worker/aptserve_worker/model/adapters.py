@@ -28,6 +28,8 @@ class AttentionCall:
     num_heads: int
     k: Tensor
     v: Tensor
+    window: int | None = None
+    """Tokens that a token sees; None: all before it."""
 
 
 @dataclass(frozen=True, slots=True)

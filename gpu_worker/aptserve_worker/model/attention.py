@@ -8,7 +8,7 @@ at start-up a probe takes its place to learn what the model's attention looks li
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +17,17 @@ from aptserve_kernels import (
     DecodeBatch,
     Kernels,
     PrefillBatch,
-    UnitGeometry,
     WriteSlots,
 )
-from aptserve_kernels.reference import fold_queries, project_keys, unfold_values
+from aptserve_kernels.index import kv_slots
+from aptserve_kernels.reference import project_keys
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from aptserve_worker.model.adapters import HiddenMaps
+from aptserve_worker.model.state_maps import StateMaps
+from aptserve_worker.parallel.group import RankGroup
+from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
 
 ATTENTION_NAME = "aptserve"
@@ -103,35 +106,25 @@ class Codes:
 
 @dataclass(slots=True)
 class LayerAttention:
-    """Attention of one layer over its pool."""
+    """Attention of one layer over its pool: of this rank's heads, over all tokens."""
 
     context: StepContext
     pool: Tensor
     codes: Codes | None
     """What the 8-bit tier needs, where it is offered."""
-    geometry: UnitGeometry
+    shard: Shard
+    group: RankGroup
     kernels: Kernels
     maps: HiddenMaps | None
     num_heads: int
+    """Query heads of this rank."""
     _x: Tensor | None = None
     _params: dict[Any, AttentionParams] = field(default_factory=dict)
-    _fold_weight: Tensor | None = None
-    _unfold_weight: Tensor | None = None
-    _unfold_bias: Tensor | None = None
+    _states: StateMaps | None = None
 
     def __post_init__(self) -> None:
-        if self.maps is None:
-            return
-        g = self.geometry
-        group = self.num_heads // g.num_kv_heads
-        value = self.maps.value
-        per_head = value.weight.view(g.num_kv_heads, g.head_dim, -1).transpose(1, 2)
-        self._unfold_weight = _repeat(per_head, group)
-        if value.bias is not None:
-            self._unfold_bias = _repeat(value.bias.view(g.num_kv_heads, g.head_dim), group)
-        if self.maps.key.is_foldable:
-            weight = self.maps.key.map.weight
-            self._fold_weight = _repeat(weight.view(g.num_kv_heads, g.head_dim, -1), group)
+        if self.maps is not None:
+            self._states = StateMaps.of(self.maps, self.shard, self.group, self.num_heads)
 
     def take_input(self, x: Tensor) -> None:
         self._x = x
@@ -171,7 +164,7 @@ class LayerAttention:
         if slots.kv8_rows is not None:
             k, v = k.index_select(0, slots.kv8_rows), v.index_select(0, slots.kv8_rows)
         self.kernels.write_kv8(
-            self.pool, self.codes.scales, k, v, slots.kv8_slots, self.geometry, self.codes.dtype
+            self.pool, self.codes.scales, k, v, slots.kv8_slots, self.shard.kv, self.codes.dtype
         )
 
     def _decode(self, tier: Tier, q: Tensor, batch: DecodeBatch, params: AttentionParams) -> Tensor:
@@ -201,48 +194,65 @@ class LayerAttention:
         if key not in self._params:
             scaling, softcap, window = key
             if scaling is None:
-                scaling = self.geometry.head_dim**-0.5
+                scaling = self.shard.kv.head_dim**-0.5
             self._params[key] = AttentionParams(scaling, softcap, window)
         return self._params[key]
 
     def _decode_hidden(self, q: Tensor, batch: DecodeBatch, params: AttentionParams) -> Tensor:
-        assert self.maps is not None
-        assert self._unfold_weight is not None
-        if self._may_fold(params):
-            folded = fold_queries(q, self._fold_weight)  # type: ignore[arg-type]
-            mixed = self.kernels.decode_hidden(folded, self.pool, batch, params)
-        else:
-            mixed = self.kernels.decode_projected(q, self.pool, batch, params, self.maps.key)
-        return unfold_values(mixed, self._unfold_weight, self._unfold_bias)
+        states = self._states
+        assert states is not None
+        if (ranks := self.group.size) == 1:
+            return states.unfold(self._sum_states(q, batch, params, None))
+        # This rank's tokens, with all heads; then this rank's heads, over all tokens.
+        q = self.group.gather_heads(q)
+        if params.window is not None:
+            params = replace(params, window=params.window // ranks)
+        log_sums = torch.empty(q.shape[:2], device=q.device)
+        parts = states.unfold(self._sum_states(q, batch, params, log_sums))
+        return self.group.join(parts, log_sums)
 
-    def _may_fold(self, params: AttentionParams) -> bool:
-        """A key bias drops out of a softmax, but not out of the soft-cap before it."""
-        assert self.maps is not None
-        bias = self.maps.key.map.bias
-        return self._fold_weight is not None and (params.softcap is None or bias is None)
+    def _sum_states(
+        self, q: Tensor, batch: DecodeBatch, params: AttentionParams, log_sums: Tensor | None
+    ) -> Tensor:
+        """Hidden states ``[rows, heads, hidden_size]`` summed by the scores of ``q``."""
+        states, kernels = self._states, self.kernels
+        assert states is not None
+        pool = self.shard.hidden_view(self.pool)
+        if states.may_fold(params):
+            return kernels.decode_hidden(states.fold(q), pool, batch, params, log_sums)
+        return kernels.decode_projected(q, pool, batch, params, states.key, log_sums)
 
     def _prefill_hidden(
         self, q: Tensor, k: Tensor, v: Tensor, chunk: HiddenChunk, params: AttentionParams
     ) -> Tensor:
         # cached [0, num_cached) | new [num_cached, num_cached + rows)
         # Many query rows share the context: projecting it once costs less than folding each.
-        x = self.kernels.gather_hidden(self.pool, chunk.table, chunk.num_cached, self.geometry)
+        x = self._gather_states(chunk.table, chunk.num_cached)
         old_k, old_v = self.project(x)
         both_k, both_v = torch.cat((old_k, k)), torch.cat((old_v, v))
         return self.kernels.attend_ragged(q, both_k, both_v, chunk.batch, params)
 
+    def _gather_states(self, table: Tensor, num_tokens: int) -> Tensor:
+        """The first ``num_tokens`` hidden states of a sequence, of all ranks."""
+        pool, geometry = self.shard.hidden_view(self.pool), self.shard.hidden
+        held = self.kernels.gather_hidden(pool, table, self.shard.most(num_tokens), geometry)
+        return self.group.gather_tokens(held)[:num_tokens]
+
     def promote(self, hidden_table: Tensor, kv_table: Tensor, num_tokens: int) -> None:
         """Replace a sequence's hidden states by its keys and values."""
         assert self.maps is not None, "hidden states in a model without a hidden tier"
-        self.kernels.promote(
-            self.pool,
-            hidden_table,
-            kv_table,
-            num_tokens,
-            self.maps.key,
-            self.maps.value,
-            self.geometry,
-        )
+        key, value, geometry = self.maps.key, self.maps.value, self.shard.kv
+        if self.group.size == 1:
+            self.kernels.promote(
+                self.pool, hidden_table, kv_table, num_tokens, key, value, geometry
+            )
+            return
+        k, v = self.project(self._gather_states(hidden_table, num_tokens))
+        positions = torch.arange(num_tokens, device=k.device)
+        units = kv_table[positions // geometry.block_size]
+        slots = kv_slots(units, positions % geometry.block_size, geometry)
+        none = positions.new_zeros(0)
+        self.kernels.write_cache(self.pool, k, v, None, WriteSlots(None, *slots, None, none))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[tokens, num_kv_heads, head_dim]`` of the first tokens of a sequence.
@@ -250,14 +260,10 @@ class LayerAttention:
         ``x``: ``[tokens, hidden_size]``, its hidden states.
         """
         assert self.maps is not None, "hidden states in a model without a hidden tier"
-        g = self.geometry
+        g = self.shard.kv
         positions = torch.arange(x.shape[0], device=x.device)
         k = project_keys(x, positions, self.maps.key, g.head_dim)
         return k, self.maps.value(x).view(-1, g.num_kv_heads, g.head_dim)
-
-
-def _repeat(weight: Tensor, group: int) -> Tensor:
-    return weight if group == 1 else weight.repeat_interleave(group, 0)
 
 
 def attach(module: nn.Module, handler: Handler, *, with_input: bool) -> Any:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 import structlog
 import torch
-from aptserve_kernels import DecodeBatch, UnitGeometry, WriteSlots
-from aptserve_kernels.index import head_rows, hidden_rows
+from aptserve_kernels import WriteSlots
+from aptserve_kernels.index import head_rows, kv_slots
 from torch import Tensor
 
 from aptserve_worker.cache.tables import BlockTables
 from aptserve_worker.model.attention import AttentionStep, DecodeRows
-from aptserve_worker.model.step import Part, kv_slots
+from aptserve_worker.model.step import Part, decode_batch
+from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
 
 log = structlog.get_logger(__name__)
@@ -58,7 +59,7 @@ class DecodeGraphs:
 
     forward: Forward
     tables: BlockTables
-    geometry: UnitGeometry
+    shard: Shard
     device: torch.device
     max_num_seqs: int
     record: Recorder
@@ -131,7 +132,7 @@ class DecodeGraphs:
         for tier, count in shape:
             rows = slice(start, start + count)
             tables = self.tables.mirrors[tier].index_select(0, table_rows[rows])
-            batch = DecodeBatch(tables, lengths[rows], self.geometry)
+            batch = decode_batch(tier, tables, lengths[rows], self.shard)
             decodes[tier] = DecodeRows(rows.start, rows.stop, batch)
             slots[tier] = self._slots(tier, tables, lengths[rows])
             start += count
@@ -139,18 +140,19 @@ class DecodeGraphs:
 
     def _slots(self, tier: Tier, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Where each row's new entry goes, -1 for padding; K and V apart, else the same twice."""
-        g = self.geometry
+        shard, exists = self.shard, lengths > 0
         positions = (lengths - 1).clamp_min(0)
-        blocks = (positions // g.block_size).view(-1, 1, 1).expand(-1, 1, tables.shape[2])
+        blocks = (positions // shard.block_size).view(-1, 1, 1).expand(-1, 1, tables.shape[2])
         units = tables.gather(1, blocks).squeeze(1)
-        offsets = positions % g.block_size
+        offsets = positions % shard.block_size
         if tier is Tier.KV:
-            first, second = kv_slots(units, offsets, g)
+            first, second = kv_slots(units, offsets, shard.kv)
         elif tier is Tier.HIDDEN:
-            first = second = hidden_rows(units, offsets, g).view(-1)
+            exists = exists & shard.holds(positions)
+            first = second = shard.hidden_slots(units, positions).view(-1)
         else:
-            first = second = head_rows(units, offsets, g).view(-1)
-        exists = (lengths > 0).repeat_interleave(first.numel() // lengths.numel())
+            first = second = head_rows(units, offsets, shard.kv).view(-1)
+        exists = exists.repeat_interleave(first.numel() // lengths.numel())
         return torch.where(exists, first, -1), torch.where(exists, second, -1)
 
     def _write_slots(self, shape: Shape, slots: Mapping[Tier, tuple[Tensor, Tensor]]) -> WriteSlots:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from aptserve_worker.embedded import embedded_model_path
 from aptserve_worker.model.attention import ATTENTION_NAME, register
 from aptserve_worker.model.probe import UnsupportedModelError
+from aptserve_worker.parallel.group import ALONE, RankGroup
 
 EMBEDDED = "embedded"
 
@@ -37,11 +38,17 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, name: str | None, device: torch.device, dtype: torch.dtype
+    source: str,
+    *,
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: RankGroup = ALONE,
 ) -> LoadedModel:
     """Load ``source``: ``embedded``, a local folder, or a name on the model hub.
 
-    Raises :class:`UnsupportedModelError` with one sentence when it cannot be served.
+    Of a group of ranks each loads its part, all at the same time. Raises
+    :class:`UnsupportedModelError` with one sentence when it cannot be served.
     """
     register()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -52,7 +59,10 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=ATTENTION_NAME
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            **_division(config, group),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(f"Cannot load {source!r}: {_first_line(error)}") from error
@@ -60,6 +70,11 @@ def load_model(
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface."
         )
+    fingerprint = _fingerprint(config, model)
+    if group.size > 1:
+        from aptserve_worker.parallel.weights import settle
+
+        settle(model, group.size)
     model.train(False).to(device)
     text_config = config.get_text_config()
     # Some models compare every input with the padding token, which a flattened batch never has.
@@ -68,13 +83,22 @@ def load_model(
         model=model,
         config=text_config,
         name=name or _model_name(source),
-        fingerprint=_fingerprint(config, model),
+        fingerprint=fingerprint,
         architecture=type(model).__name__,
         context_length=_context_length(text_config, source),
         vocab_size=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model),
         tokenizer_json=_tokenizer_json(path),
     )
+
+
+def _division(config: Any, group: RankGroup) -> dict[str, Any]:
+    """What transformers is told about ranks; what it takes is imported only where there are any."""
+    if group.size == 1:
+        return {}
+    from aptserve_worker.parallel.weights import sharding
+
+    return {"distributed_config": sharding(config, group.size)}
 
 
 def _first_line(error: Exception) -> str:
@@ -93,7 +117,8 @@ def _fingerprint(config: Any, model: nn.Module) -> str:
     digest = hashlib.sha256()
     fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, weight in model.state_dict().items():
+    for name, part in model.state_dict().items():
+        weight = part.full_tensor() if hasattr(part, "full_tensor") else part
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
         digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.tobytes())

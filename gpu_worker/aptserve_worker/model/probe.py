@@ -39,7 +39,8 @@ class _Recorder:
         self.arguments = arguments
         _check_call(self.module, q, k, v, arguments)
         assert self.x is not None
-        self.calls.append(AttentionCall(self.module, self.x, q.shape[1], k, v))
+        window = arguments.get("sliding_window")
+        self.calls.append(AttentionCall(self.module, self.x, q.shape[1], k, v, window))
         return q.new_zeros(q.shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
@@ -25,6 +25,8 @@ from aptserve_worker.model.attention import (
 from aptserve_worker.model.loading import LoadedModel
 from aptserve_worker.model.probe import UnsupportedModelError, probe
 from aptserve_worker.model.scratch import Limits, cuda_meter, scratch_bytes
+from aptserve_worker.parallel.group import ALONE, RankGroup
+from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
 
 log = structlog.get_logger(__name__)
@@ -51,22 +53,27 @@ class ModelRunner:
     """Owns the weights, the pool's tensors and the handlers between them."""
 
     def __init__(
-        self, loaded: LoadedModel, settings: PoolSettings, backend: Backend = "auto"
+        self,
+        loaded: LoadedModel,
+        settings: PoolSettings,
+        backend: Backend = "auto",
+        group: RankGroup = ALONE,
     ) -> None:
         """Attach caches to ``loaded``. Raises :class:`UnsupportedModelError`."""
         self._model = loaded.model
+        self._group = group
         parameter = next(self._model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         with torch.inference_mode():
             calls = probe(self._model, loaded.vocab_size)
             maps = _hidden_maps(self._model, calls, loaded.context_length)
-        self.geometry = _geometry(calls, settings.block_size)
-        self.units_per_block = _tiers(self.geometry, maps, settings.tiers)
-        self.unit_bytes = unit_bytes(self.geometry, len(calls), self.dtype)
+        self.shard = _shard(calls, settings.block_size, loaded, group)
+        self.units_per_block = _tiers(self.shard.kv, maps, settings.tiers)
+        self.unit_bytes = unit_bytes(self.shard.kv, len(calls), self.dtype)
         has_codes = Tier.KV8 in self.units_per_block
         if has_codes:
             _check_code_dtype(settings.code_dtype, self.device)
-            self.unit_bytes += len(calls) * scale_bytes(self.geometry)
+            self.unit_bytes += len(calls) * scale_bytes(self.shard.kv)
         self.kernels = resolve(self.device, self.dtype, self._backend(backend))
         num_packed = self.kernels.pack_linears(self._model)
         self._code_dtype = settings.code_dtype if has_codes else None
@@ -74,7 +81,7 @@ class ModelRunner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.pool = self._new_pool(len(calls), 1)
         self._layers = self._attach(calls, maps if Tier.HIDDEN in self.units_per_block else None)
-        num_units = self._choose_num_units(settings)
+        num_units = group.least(self._choose_num_units(settings), self.device)
         self.pool = self._new_pool(len(calls), num_units)
         for layer, memory in zip(self._layers, self.pool.layers, strict=True):
             layer.pool, layer.codes = memory, self._new_codes()
@@ -96,7 +103,8 @@ class ModelRunner:
                 context=self._context,
                 pool=self.pool.layers[index],
                 codes=self._new_codes(),
-                geometry=self.geometry,
+                shard=self.shard,
+                group=self._group,
                 kernels=self.kernels,
                 maps=None if maps is None else maps[index],
                 num_heads=call.num_heads,
@@ -107,7 +115,7 @@ class ModelRunner:
 
     def _backend(self, asked: Backend) -> Backend:
         """What was asked for; by itself the worker falls back where kernels do not fit."""
-        refused = refused_by_triton(self.geometry)
+        refused = self._refused_by_triton()
         if asked == "cpu" and self.device.type != "cpu":
             raise UnsupportedModelError("--kernels cpu needs --device cpu.")
         if asked == "triton" and self.device.type == "cpu" and not _is_interpreted():
@@ -119,8 +127,12 @@ class ModelRunner:
             return "reference"
         return asked
 
+    def _refused_by_triton(self) -> str | None:
+        shard = self.shard
+        return refused_by_triton(shard.kv) or refused_by_triton(shard.hidden)
+
     def _new_pool(self, num_layers: int, num_units: int) -> UnitPool:
-        return UnitPool(self.geometry, num_layers, num_units, device=self.device, dtype=self.dtype)
+        return UnitPool(self.shard.kv, num_layers, num_units, device=self.device, dtype=self.dtype)
 
     def _choose_num_units(self, settings: PoolSettings) -> int:
         """Units of the pool. Raises :class:`UnsupportedModelError` when there is no memory."""
@@ -128,7 +140,7 @@ class ModelRunner:
         def left() -> int:
             scratch = scratch_bytes(
                 self.forward,
-                self.geometry,
+                self.shard,
                 self.units_per_block,
                 settings.limits,
                 self.device,
@@ -152,7 +164,7 @@ class ModelRunner:
     def _new_codes(self) -> Codes | None:
         if self._code_dtype is None:
             return None
-        scales = new_scales(self.pool.num_units, self.geometry, self.device)
+        scales = new_scales(self.pool.num_units, self.shard.kv, self.device)
         return Codes(scales, self._code_dtype)
 
     @torch.inference_mode()
@@ -203,14 +215,32 @@ def _check_code_dtype(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def _geometry(calls: Sequence[AttentionCall], block_size: int) -> UnitGeometry:
+def _shard(
+    calls: Sequence[AttentionCall], block_size: int, loaded: LoadedModel, group: RankGroup
+) -> Shard:
+    """This rank's part of the cache. Raises :class:`UnsupportedModelError`."""
     kv_heads, head_dim = calls[0].k.shape[1:]
-    return UnitGeometry.of(
-        block_size=block_size,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=calls[0].x.shape[-1],
-    )
+    hidden_size, num_heads = calls[0].x.shape[-1], calls[0].num_heads
+
+    def geometry(num_kv_heads: int) -> UnitGeometry:
+        return UnitGeometry.of(
+            block_size=block_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            hidden_size=hidden_size,
+        )
+
+    if group.size == 1:
+        return Shard.alone(geometry(kv_heads))
+    if num_heads == loaded.config.num_attention_heads:
+        log.warning(
+            "ranks.whole_caches", reason="the model's plan leaves attention whole on every rank"
+        )
+        return Shard.alone(replace(geometry(kv_heads), hidden_units=0))
+    shard = Shard.of(group.rank, group.size, geometry(kv_heads * group.size))
+    if any(call.window is not None and call.window % group.size for call in calls):
+        return replace(shard, kv=replace(shard.kv, hidden_units=0))
+    return shard
 
 
 def _tiers(

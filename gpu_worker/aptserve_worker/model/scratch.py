@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from aptserve_kernels import DecodeBatch, PrefillBatch, UnitGeometry, WriteSlots
+from aptserve_kernels import PrefillBatch, WriteSlots
 from torch import Tensor
 
 from aptserve_worker.model.attention import AttentionStep, DecodeRows, PrefillRows
+from aptserve_worker.model.step import decode_batch
+from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
 
 Meter = Callable[[Callable[[], object]], int]
@@ -31,20 +33,20 @@ class Limits:
 
 def scratch_bytes(
     forward: Callable[[Tensor, Tensor, AttentionStep, Tensor], Tensor],
-    geometry: UnitGeometry,
+    shard: Shard,
     units_per_block: Mapping[Tier, int],
     limits: Limits,
     device: torch.device,
     meter: Meter,
 ) -> int:
     """Bytes that the hungriest of the largest steps allocates: prompts, decodes of each tier."""
-    steps = [_prompts(geometry, limits, device)]
-    steps += _decodes(geometry, units_per_block, limits, device)
+    steps = [_prompts(shard, limits, device)]
+    steps += _decodes(shard, units_per_block, limits, device)
     return max(meter(lambda step=step: forward(*step)) for step in steps)  # type: ignore[misc]
 
 
 def _prompts(
-    geometry: UnitGeometry, limits: Limits, device: torch.device
+    shard: Shard, limits: Limits, device: torch.device
 ) -> tuple[Tensor, Tensor, AttentionStep, Tensor]:
     """As many tokens as a step may have, in prompts as long as they can be."""
     total = limits.max_num_batched_tokens
@@ -55,7 +57,7 @@ def _prompts(
         query_starts=starts,
         lengths=starts.diff(),
         tables=torch.zeros(len(counts), 0, 1, dtype=torch.int64, device=device),
-        geometry=geometry,
+        geometry=shard.kv,
         max_queries=longest,
         key_starts=starts,
     )
@@ -66,19 +68,20 @@ def _prompts(
 
 
 def _decodes(
-    geometry: UnitGeometry,
+    shard: Shard,
     units_per_block: Mapping[Tier, int],
     limits: Limits,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, AttentionStep, Tensor]]:
     """For each tier as many sequences as there may be, as long as they can be."""
     count = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-    num_blocks = geometry.num_blocks(limits.context_length)
+    num_blocks = shard.num_blocks(limits.context_length)
     lengths = torch.full((count,), limits.context_length, dtype=torch.int64, device=device)
     rows = torch.arange(count, device=device)
     for tier, units in units_per_block.items():
         tables = torch.zeros(count, num_blocks, units, dtype=torch.int64, device=device)
-        decodes = {tier: DecodeRows(0, count, DecodeBatch(tables, lengths, geometry))}
+        batch = decode_batch(tier, tables, lengths, shard)
+        decodes = {tier: DecodeRows(0, count, batch)}
         step = AttentionStep(_no_slots(device), decodes)
         yield torch.zeros_like(rows), lengths - 1, step, rows
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-from aptserve_kernels import DecodeBatch, PrefillBatch, UnitGeometry, WriteSlots
-from aptserve_kernels.index import head_rows, hidden_rows, split_kv
+from aptserve_kernels import DecodeBatch, PrefillBatch, WriteSlots
+from aptserve_kernels.index import head_rows, kv_slots
 from torch import Tensor
 
 from aptserve_worker.cache.tables import BlockTables
 from aptserve_worker.model.attention import AttentionStep, DecodeRows, HiddenChunk, PrefillRows
+from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
 from aptserve_worker.sequences import Sequence
 
@@ -92,7 +93,7 @@ def _filled(groups: dict[Tier, list[Part]]) -> dict[Tier, list[Part]]:
 
 
 def build_step(
-    parts: Seq[Part], tables: BlockTables, geometry: UnitGeometry, device: torch.device
+    parts: Seq[Part], tables: BlockTables, shard: Shard, device: torch.device
 ) -> StepInput:
     """Flatten ``parts``, in the row order of :class:`AttentionStep`."""
     groups = _Groups.of(parts)
@@ -107,11 +108,11 @@ def build_step(
         last_rows.append(len(token_ids) - 1)
     sampled = [(row, p) for row, p in zip(last_rows, ordered, strict=True) if p.samples]
     position_tensor = torch.tensor(positions, dtype=torch.int64)
-    slots = _on(device, _slots(ordered, position_tensor, tables, geometry))
+    slots = _on(device, _slots(ordered, position_tensor, tables, shard))
     return StepInput(
         token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
         positions=position_tensor.to(device),
-        attention=_Layout(tables, geometry, device).attention(groups, slots),
+        attention=_Layout(tables, shard, device).attention(groups, slots),
         logit_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64).to(device),
         sampled=[part for _, part in sampled],
     )
@@ -120,8 +121,8 @@ def build_step(
 class _Layout:
     """Hands out rows of the flattened batch, group by group."""
 
-    def __init__(self, tables: BlockTables, geometry: UnitGeometry, device: torch.device) -> None:
-        self._tables, self._geometry, self._device = tables, geometry, device
+    def __init__(self, tables: BlockTables, shard: Shard, device: torch.device) -> None:
+        self._tables, self._shard, self._device = tables, shard, device
         self._num_rows = 0
 
     def attention(self, groups: _Groups, slots: WriteSlots) -> AttentionStep:
@@ -145,7 +146,7 @@ class _Layout:
 
     def _decodes(self, tier: Tier, parts: Seq[Part]) -> DecodeRows:
         lengths = self._ints([part.end for part in parts])
-        batch = DecodeBatch(self._gathered(tier, parts), lengths, self._geometry)
+        batch = decode_batch(tier, self._gathered(tier, parts), lengths, self._shard)
         return DecodeRows(*self._take(parts), batch)
 
     def _prompts(self, parts: Seq[Part]) -> PrefillRows:
@@ -170,14 +171,14 @@ class _Layout:
             query_starts=self._starts(counts),
             lengths=self._ints([part.end for part in parts]),
             tables=tables,
-            geometry=self._geometry,
+            geometry=self._shard.kv,
             max_queries=max(counts),
             key_starts=None if keys is None else self._starts(keys),
         )
 
     def _gathered(self, tier: Tier, parts: Seq[Part]) -> Tensor:
         rows = torch.tensor([part.sequence.row for part in parts], dtype=torch.int64)
-        num_blocks = self._geometry.num_blocks(max(part.end for part in parts))
+        num_blocks = self._shard.num_blocks(max(part.end for part in parts))
         return self._tables.gather(tier, rows, num_blocks).to(self._device)
 
     def _starts(self, counts: Seq[int]) -> Tensor:
@@ -204,41 +205,42 @@ def _on(device: torch.device, slots: WriteSlots) -> WriteSlots:
     )
 
 
-def _slots(
-    ordered: Seq[Part], positions: Tensor, tables: BlockTables, geometry: UnitGeometry
-) -> WriteSlots:
+def decode_batch(tier: Tier, tables: Tensor, lengths: Tensor, shard: Shard) -> DecodeBatch:
+    """What this rank attends to: all tokens of its heads, or its share of the hidden states.
+
+    ``tables``: ``[rows, blocks, units_per_block]``; ``lengths``: ``[rows]``, tokens of each.
+    """
+    if tier is Tier.HIDDEN:
+        return DecodeBatch(tables, shard.count(lengths), shard.hidden)
+    return DecodeBatch(tables, lengths, shard.kv)
+
+
+def _slots(ordered: Seq[Part], positions: Tensor, tables: BlockTables, shard: Shard) -> WriteSlots:
     """Cache slots of every row; each tier gets its rows, None meaning all of them."""
     counts = torch.tensor([p.num_new for p in ordered], dtype=torch.int64)
     table_rows = torch.tensor([p.sequence.row for p in ordered], dtype=torch.int64)
     table_rows = table_rows.repeat_interleave(counts)
     tiers = torch.tensor([p.sequence.tier for p in ordered]).repeat_interleave(counts)
+    block_size = shard.block_size
 
-    def rows_in(tier: Tier) -> Tensor | None:
-        chosen = (tiers == tier).nonzero().squeeze(1)
-        return None if len(chosen) == len(tiers) else chosen
+    def rows_of(chosen: Tensor) -> Tensor | None:
+        return None if bool(chosen.all()) else chosen.nonzero().squeeze(1)
 
     def units_of(tier: Tier, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Units of the block of each row, and the row's place in it."""
+        """Units of the block of each row, and the row's position."""
         at = positions if rows is None else positions[rows]
         of = table_rows if rows is None else table_rows[rows]
-        return tables.units_at(tier, of, at // geometry.block_size), at % geometry.block_size
+        return tables.units_at(tier, of, at // block_size), at
 
-    kv_rows, key_slots, value_slots = rows_in(Tier.KV), _NONE, _NONE
+    kv_rows, key_slots, value_slots = rows_of(tiers == Tier.KV), _NONE, _NONE
     if kv_rows is None or len(kv_rows):
-        key_slots, value_slots = kv_slots(*units_of(Tier.KV, kv_rows), geometry)
-    hidden, hidden_slots = rows_in(Tier.HIDDEN), _NONE
+        units, at = units_of(Tier.KV, kv_rows)
+        key_slots, value_slots = kv_slots(units, at % block_size, shard.kv)
+    hidden, hidden_slots = rows_of((tiers == Tier.HIDDEN) & shard.holds(positions)), _NONE
     if hidden is None or len(hidden):
-        hidden_slots = hidden_rows(*units_of(Tier.HIDDEN, hidden), geometry).view(-1)
-    kv8_rows, kv8_slots = rows_in(Tier.KV8), None
+        hidden_slots = shard.hidden_slots(*units_of(Tier.HIDDEN, hidden)).view(-1)
+    kv8_rows, kv8_slots = rows_of(tiers == Tier.KV8), None
     if kv8_rows is None or len(kv8_rows):
-        kv8_slots = head_rows(*units_of(Tier.KV8, kv8_rows), geometry).view(-1)
+        units, at = units_of(Tier.KV8, kv8_rows)
+        kv8_slots = head_rows(units, at % block_size, shard.kv).view(-1)
     return WriteSlots(kv_rows, key_slots, value_slots, hidden, hidden_slots, kv8_rows, kv8_slots)
-
-
-def kv_slots(units: Tensor, offsets: Tensor, geometry: UnitGeometry) -> tuple[Tensor, Tensor]:
-    """Key and value slots of tokens at ``offsets`` in blocks ``units`` ``[tokens, kv_units]``."""
-    key_units, value_units = split_kv(units, geometry)
-    return (
-        head_rows(key_units, offsets, geometry).view(-1),
-        head_rows(value_units, offsets, geometry).view(-1),
-    )

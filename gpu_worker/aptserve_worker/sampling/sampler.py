@@ -7,6 +7,7 @@ back to the host, in one copy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -41,8 +42,16 @@ class Sampler:
     device, made when the first of them comes.
     """
 
-    def __init__(self, kernels: Kernels, max_num_seqs: int, eos: Seq[int]) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        max_num_seqs: int,
+        eos: Seq[int],
+        agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+    ) -> None:
+        """``agree``: where ranks sample the same logits, the choice that holds for all of them."""
         self._kernels = kernels
+        self._agree = agree
         self._max_num_seqs = max_num_seqs
         self._eos = tuple(eos)
         self._counts: Tensor | None = None
@@ -67,7 +76,7 @@ class Sampler:
             some = [sequences[i] for i in special]
             tokens[rows], sound[rows] = self._sample(adjusted, some)
             wanted = _wanted_logprobs(adjusted, tokens[rows], some)
-        chosen = torch.where(sound, tokens, -1).tolist()
+        chosen = self._agree(torch.where(sound, tokens, -1)).tolist()
         place = {i: at for at, i in enumerate(special)}
         return [
             None if token < 0 else Sampled(token, wanted.get(place.get(i, -1)))

@@ -24,7 +24,7 @@ def test_the_largest_steps_are_run(checkpoint: Callable[[str], Path]) -> None:
 
     limits = Limits(max_num_seqs=6, max_num_batched_tokens=150, context_length=64)
     found = scratch_bytes(
-        runner.forward, runner.geometry, runner.units_per_block, limits, runner.device, meter
+        runner.forward, runner.shard, runner.units_per_block, limits, runner.device, meter
     )
     assert found == len(sizes) == 3  # prompts, decodes in KV, decodes over hidden states
     assert {rows for rows, _ in sizes} == {6}

@@ -34,6 +34,7 @@ _WORKER_FIELDS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "device",
+    "tensor_parallel",
     "dtype",
     "kernels",
     "graphs",
@@ -65,6 +66,7 @@ def up(
     tbt_objective_seconds: opt.DefaultTbt = None,
     model_name: opt.ModelName = None,
     device: opt.Device = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     kernels: opt.Kernels = None,
     graphs: opt.Graphs = None,
@@ -186,6 +188,7 @@ def worker(
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
     device: opt.Device = None,
+    tensor_parallel: opt.TensorParallel = None,
     dtype: opt.Dtype = None,
     kernels: opt.Kernels = None,
     graphs: opt.Graphs = None,
@@ -202,6 +205,7 @@ def worker(
       aptserve worker
       aptserve worker --scheduler scheduler.example:50051 --model facebook/opt-125m
       aptserve worker --model ./my-checkpoint --pool-memory 2GiB --tiers kv,hidden
+      aptserve worker --model meta-llama/Llama-2-13b-hf --tensor-parallel 2
     """
     flags = locals()
     from aptserve.cli.services import run_worker
