@@ -16,7 +16,7 @@ import psutil
 
 from support.eventually import eventually
 
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 60.0
 
 
 @dataclass

@@ -9,12 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
-from torch import distributed as dist
 
 from aptserve_worker.config import WorkerSettings
-from aptserve_worker.engine import load_engine
 from aptserve_worker.exit_codes import EXIT_BROKEN
-from aptserve_worker.parallel.processes import Followers, join_group
+from aptserve_worker.parallel.processes import Followers
 from aptserve_worker.plan import BatchPlan, EngineInfo, PlanError, StepOutput
 
 log = structlog.get_logger(__name__)
@@ -42,6 +40,10 @@ class ParallelEngine:
         with tempfile.TemporaryDirectory(prefix="aptserve-") as folder:
             meeting_point = Path(folder) / "ranks"
             self._followers = Followers(settings, meeting_point, on_lost)
+            # Not before: importing torch takes seconds, which all ranks may spend at the same time.
+            from aptserve_worker.engine import load_engine
+            from aptserve_worker.parallel.ranks import join_group
+
             try:
                 self._engine = load_engine(settings, join_group(settings, 0, meeting_point))
                 if settings.calibrate:
@@ -79,6 +81,7 @@ class ParallelEngine:
 
     def close(self) -> None:
         """End the other ranks; the engine is of no use afterwards."""
+        from aptserve_worker.parallel.ranks import leave_group
+
         self._followers.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()

@@ -4,6 +4,8 @@ The first rank is the worker: it alone speaks to the scheduler, and passes every
 are its children. One that ends takes the worker down with it, since a model without a part of its
 weights serves nobody and a peer that waits inside a collective operation cannot be woken; a worker
 that ends takes its children with it, however it ends.
+
+Nothing here imports torch before a rank runs, so that all ranks do so at the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -23,56 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import torch
-from torch import distributed as dist
-from torch._C._distributed_c10d import FileStore
 
 from aptserve_worker.config import WorkerSettings
-from aptserve_worker.engine import ModelEngine, choose_device, load_engine
 from aptserve_worker.exit_codes import EXIT_BROKEN, EXIT_OK
 from aptserve_worker.logs import configure_logging
-from aptserve_worker.model.probe import UnsupportedModelError
-from aptserve_worker.parallel.group import RankGroup
-from aptserve_worker.plan import PlanError
+from aptserve_worker.plan import Engine, PlanError
 
 log = structlog.get_logger(__name__)
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Longest wait of one rank for another; loading from a slow disk may keep them this far apart."""
 
 _CLOSE_TIMEOUT_SECONDS = 5.0
 
 Command = tuple[str, tuple[Any, ...]]
 """Name of an engine's method and its arguments."""
-
-
-def join_group(settings: WorkerSettings, rank: int, meeting_point: Path) -> RankGroup:
-    """Meet the other ranks. Raises :class:`UnsupportedModelError` where there are too few GPUs."""
-    size = settings.tensor_parallel
-    device = choose_device(settings.device, rank)
-    if device.type == "cuda" and torch.cuda.device_count() < size:
-        raise UnsupportedModelError(
-            f"--tensor-parallel {size} needs {size} GPUs, {torch.cuda.device_count()} are here."
-        )
-    if device.type == "cpu" and torch.accelerator.is_available():
-        raise UnsupportedModelError(
-            "--tensor-parallel with --device cpu needs the GPUs hidden: CUDA_VISIBLE_DEVICES=''."
-        )
-    if device.type == "cpu" and settings.num_threads is None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // size))
-    # All ranks are on this machine. transformers asks for the rank's number in the environment.
-    os.environ["LOCAL_RANK"] = str(rank)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    is_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if is_gpu else "gloo",
-        store=FileStore(str(meeting_point), size),
-        rank=rank,
-        world_size=size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if is_gpu else None,
-    )
-    return RankGroup(rank, size)
 
 
 class Followers:
@@ -119,13 +82,12 @@ class Followers:
                 process.join()
 
     def _watch(self) -> None:
-        wait([process.sentinel for process in self._processes])
-        if self._closing.is_set():
-            return
-        for rank, process in enumerate(self._processes, 1):
-            if process.exitcode is not None:
-                self._on_lost(f"rank {rank} ended with exit code {process.exitcode}")
-                return
+        ranks = {process.sentinel: rank for rank, process in enumerate(self._processes, 1)}
+        rank = ranks[wait(list(ranks))[0]]  # type: ignore[index]
+        process = self._processes[rank - 1]
+        process.join()  # its pipe may end a moment before there is an exit code
+        if not self._closing.is_set():
+            self._on_lost(f"rank {rank} ended with exit code {process.exitcode}")
 
 
 def _follow(rank: int, settings: WorkerSettings, meeting_point: Path, pipe: Connection) -> None:
@@ -137,6 +99,10 @@ def _follow(rank: int, settings: WorkerSettings, meeting_point: Path, pipe: Conn
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(pipe, commands), daemon=True)
     reader.start()
+    from aptserve_worker.engine import load_engine
+    from aptserve_worker.model.probe import UnsupportedModelError
+    from aptserve_worker.parallel.ranks import join_group
+
     try:
         engine = load_engine(settings, join_group(settings, rank, meeting_point))
         while True:
@@ -158,6 +124,6 @@ def _read(pipe: Connection, commands: queue.SimpleQueue[Command]) -> None:
         os._exit(EXIT_OK)
 
 
-def _obey(engine: ModelEngine, name: str, arguments: tuple[Any, ...]) -> None:
+def _obey(engine: Engine, name: str, arguments: tuple[Any, ...]) -> None:
     with contextlib.suppress(PlanError):  # the first rank has found the same and answers for it
         getattr(engine, name)(*arguments)
