@@ -44,6 +44,9 @@ class SchedulerSettings(BaseSettings):
     """How long running requests may go on when the service stops."""
     stall_seconds: Seconds = 30.0
     """Without any progress for so long, while requests are pending, health is NOT_SERVING."""
+    plan_timeout_seconds: Seconds = 600.0
+    """A worker that has answered no plan for so long, though it is alive, is cut, and its requests
+    go on elsewhere. Longer than its longest step, which on a CPU may be minutes."""
     worker_wait_seconds: Seconds = 30.0
     """How long accepted requests wait for a worker when none is attached."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -15,6 +15,7 @@ import structlog
 from aptserve.errors import (
     AlreadyExistsError,
     AptServeError,
+    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     ProtocolError,
@@ -23,6 +24,7 @@ from aptserve.errors import (
 )
 
 from aptserve_scheduler.core import (
+    BatchPlan,
     DuplicateRequest,
     Event,
     FinishReason,
@@ -61,7 +63,11 @@ class Driver:
         metrics: Metrics,
         feed: PlanFeed,
         clock: Clock = time.monotonic,
+        *,
+        plan_timeout_seconds: float = 600.0,
     ) -> None:
+        """``plan_timeout_seconds``: without an answer for so long a worker is cut."""
+        self._plan_timeout_seconds = plan_timeout_seconds
         self._core = scheduler
         self._metrics = metrics
         self._feed = feed
@@ -193,6 +199,8 @@ class Driver:
         """The worker's stream is over, however it ended; its requests go back to the queue."""
         if not self._is_attached(worker):
             return
+        if worker.alarm is not None:
+            worker.alarm.cancel()
         del self._workers[worker.spec.worker_id]
         self._fail_unservable(self._core.remove_worker(worker.spec.worker_id, self._clock()))
         self.on_workers_changed()
@@ -213,7 +221,7 @@ class Driver:
             events = self._core.apply(worker.spec.worker_id, result, now)
         except ProtocolViolation as error:
             raise ProtocolError(str(error)) from error
-        worker.num_plans_in_flight -= 1
+        worker.count_answer(asyncio.get_running_loop().time())
         self.last_progress = now
         self._num_planning_faults = 0
         self._pump(worker)  # the worker first, then the clients
@@ -273,7 +281,7 @@ class Driver:
             if plan is None:
                 break
             worker.port.send_plan(plan)
-            worker.count_plan(plan)
+            self._await_answer(worker, plan)
             self._metrics.observe_plan(plan, decision_seconds)
             self._feed.publish(plan, decision_seconds)
             _log.debug(
@@ -284,6 +292,26 @@ class Driver:
             sequence_ids = self._core.take_releases(worker_id)
             if sequence_ids:
                 worker.port.send_release(sequence_ids)
+
+    def _await_answer(self, worker: AttachedWorker, plan: BatchPlan) -> None:
+        loop = asyncio.get_running_loop()
+        worker.count_plan(plan, loop.time())
+        if worker.alarm is None:
+            worker.alarm = loop.call_later(self._plan_timeout_seconds, self._look_at, worker)
+
+    def _look_at(self, worker: AttachedWorker) -> None:
+        """Cut a worker that is alive but does not answer; its requests go on elsewhere."""
+        worker.alarm = None
+        if worker.num_plans_in_flight == 0:
+            return  # the next plan sets an alarm again
+        loop, limit = asyncio.get_running_loop(), self._plan_timeout_seconds
+        left = worker.silent_since + limit - loop.time()
+        if left > 0:
+            worker.alarm = loop.call_later(left, self._look_at, worker)
+            return
+        _log.error("worker is silent", worker_id=worker.spec.worker_id, seconds=limit)
+        worker.port.cut(DeadlineExceededError(f"no answer to a plan within {limit:g} s"))
+        self.detach(worker)
 
     def _let_go(self, worker: AttachedWorker) -> None:
         if worker.num_plans_in_flight == 0:

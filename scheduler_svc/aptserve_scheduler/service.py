@@ -168,6 +168,7 @@ class SchedulerService:
             ),
             self._metrics,
             self._feed,
+            plan_timeout_seconds=settings.plan_timeout_seconds,
         )
         self._prompts = PromptThread(settings.max_waiting)
         self._models = ModelSlot(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,8 +50,19 @@ class AttachedWorker:
     num_plans_in_flight: int = 0
     used_share: float = 0.0
     """Share of its units in use, by the last plan."""
+    silent_since: float = 0.0
+    """On the loop's clock: since when an answer has been due, while plans are in flight."""
+    alarm: asyncio.TimerHandle | None = None
+    """When to look whether it has been silent for too long."""
 
-    def count_plan(self, plan: BatchPlan) -> None:
-        """A plan goes out."""
+    def count_plan(self, plan: BatchPlan, now: float) -> None:
+        """A plan goes out, at ``now`` on the loop's clock."""
+        if self.num_plans_in_flight == 0:
+            self.silent_since = now
         self.num_plans_in_flight += 1
         self.used_share = plan.num_used_units / self.spec.num_units
+
+    def count_answer(self, now: float) -> None:
+        """A plan's answer came in."""
+        self.num_plans_in_flight -= 1
+        self.silent_since = now

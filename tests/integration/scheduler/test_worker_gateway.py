@@ -272,6 +272,31 @@ async def test_another_worker_goes_on_with_the_stream(served: Serving) -> None:
         assert got == expected_tokens(FakeModel(), PROMPT, sampled)[0]
 
 
+async def test_a_worker_that_does_not_answer_is_cut() -> None:
+    """It is alive, its stream too, but the step under way never ends."""
+    async with serving(plan_timeout_seconds=0.2) as served:
+        stuck = FakeWorker(served.address, worker_id="stuck")
+        async with stuck:
+            stuck.gate.hold()
+            call = served.generate(sampling=SamplingParams(max_tokens=20))
+            await read_event(call, "started")
+            async with FakeWorker(served.address, worker_id="other"):
+                events = await read_to_end(call)
+                assert events[-1].finished.usage.num_output_tokens == 20
+                assert "stuck" not in served.service.driver.workers
+            stuck.gate.open()
+
+
+async def test_a_slow_worker_is_not_cut() -> None:
+    """What counts is the time without any answer, not that of all of them."""
+    async with (
+        serving(plan_timeout_seconds=0.3) as served,
+        FakeWorker(served.address, step_seconds=0.03) as worker,
+    ):
+        await served.answer(sampling=SamplingParams(max_tokens=30))
+        assert worker.session.num_attachments == 1
+
+
 async def test_a_worker_that_leaves_hands_its_requests_on(served: Serving) -> None:
     first = FakeWorker(served.address, worker_id="first", step_seconds=0.002)
     async with first, FakeWorker(served.address, worker_id="second", step_seconds=0.002):
