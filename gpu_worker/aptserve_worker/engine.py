@@ -84,7 +84,6 @@ class ModelEngine:
             self._runner.device if is_padded else None,
         )
         self._graphs = self._record_graphs(settings) if is_padded else None
-        self._tables.clear()  # recorded steps have no sequence, but they may have left entries
         self._sequences: dict[int, Sequence] = {}
         self.allocator = UnitAllocator(self._runner.pool.num_units)
         self._info = self._describe(UNCALIBRATED)

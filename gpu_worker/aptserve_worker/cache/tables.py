@@ -86,11 +86,3 @@ class BlockTables:
             packed = torch.cat((at.t(), units), dim=1).to(self.mirrors[tier].device)
             self.mirrors[tier][packed[:, 0], packed[:, 1]] = packed[:, 2:]
         self._changed.clear()
-
-    def clear(self) -> None:
-        """No sequence holds anything any more; the tensors stay where they are."""
-        for tables in (self._tables, self.mirrors):
-            for table in tables.values():
-                table.zero_()
-        self._changed.clear()
-        self._free_rows = list(range(self._max_num_seqs - 1, -1, -1))

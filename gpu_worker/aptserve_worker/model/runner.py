@@ -67,6 +67,8 @@ class ModelRunner:
         with torch.inference_mode():
             calls = probe(self._model, loaded.vocab_size)
             maps = _hidden_maps(self._model, calls, loaded.context_length)
+        if not group.least(int(maps is not None), self.device):
+            maps = None
         self.shard = _shard(calls, settings.block_size, loaded, group)
         self.units_per_block = _tiers(self.shard.kv, maps, settings.tiers)
         self.unit_bytes = unit_bytes(self.shard.kv, len(calls), self.dtype)

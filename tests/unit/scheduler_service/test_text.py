@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from aptserve_scheduler.text.detokenizer import IncrementalDetokenizer
@@ -129,8 +128,7 @@ def test_a_long_prompt_lets_other_threads_run() -> None:
     num_turns = 0
     with ThreadPoolExecutor(1) as thread:
         job = thread.submit(BYTE_LEVEL.encode, "hello world " * 20_000)
-        while not job.done():
-            time.sleep(0.001)
+        while wait([job], timeout=0.001).not_done:
             num_turns += 1
     assert num_turns >= 5
     assert BYTE_LEVEL.decode(job.result()) == "hello world " * 20_000
