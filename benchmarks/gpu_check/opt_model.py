@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from aptserve_worker.engine import ModelEngine
-from aptserve_worker.model.attention import ATTENTION_NAME, register
+from aptserve_worker.model.attention import ATTENTION_NAME, detach_all, register
 from aptserve_worker.model.loading import LoadedModel
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
@@ -79,16 +79,5 @@ def make_engine(loaded: LoadedModel, **changes: Any) -> ModelEngine:
 
 def detach(model: nn.Module) -> None:
     """Give back what an engine attached; the engine itself is the caller's to forget."""
-    for module in model.modules():
-        if hasattr(module, "aptserve_handler"):
-            del module.aptserve_handler
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks_with_kwargs.clear()
-    free_memory()
-
-
-def free_memory() -> None:
-    """Of what nobody refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    detach_all(model)
+    gc.collect()  # recorded steps are part of cycles

@@ -32,6 +32,7 @@ from aptserve_worker.plan import Tier
 
 ATTENTION_NAME = "aptserve"
 _HANDLER = "aptserve_handler"
+_HOOK = "aptserve_hook"
 
 
 class Handler(Protocol):
@@ -266,17 +267,34 @@ class LayerAttention:
         return k, self.maps.value(x).view(-1, g.num_kv_heads, g.head_dim)
 
 
-def attach(module: nn.Module, handler: Handler, *, with_input: bool) -> Any:
-    """Give ``module`` its handler; returns the hook that passes the input on, if asked for."""
+def attach(module: nn.Module, handler: Handler, *, with_input: bool) -> None:
+    """Give ``module`` its handler, in place of an earlier one; with the module's input, if asked.
+
+    The handler holds its layer's pool, so that the memory lives until :func:`detach_all`.
+    """
+    _detach(module)
     setattr(module, _HANDLER, handler)
     if not with_input:
-        return None
+        return
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         handler.take_input(x.reshape(-1, x.shape[-1]))
 
-    return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+    setattr(module, _HOOK, module.register_forward_pre_hook(before_forward, with_kwargs=True))
+
+
+def detach_all(model: nn.Module) -> None:
+    """Take the handlers of a model's modules away, and with them what they hold."""
+    for module in model.modules():
+        _detach(module)
+
+
+def _detach(module: nn.Module) -> None:
+    hook = module.__dict__.pop(_HOOK, None)
+    if hook is not None:
+        hook.remove()
+    module.__dict__.pop(_HANDLER, None)
 
 
 def _attention(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aptserve_worker.model.adapters import AttentionCall
-from aptserve_worker.model.attention import attach
+from aptserve_worker.model.attention import attach, detach_all
 
 _NUM_TOKENS = 5
 
@@ -67,11 +67,9 @@ def _check_call(
 def probe(model: nn.Module, vocab_size: int) -> list[AttentionCall]:
     """One call per layer, in order. Raises :class:`UnsupportedModelError`."""
     calls: list[AttentionCall] = []
-    hooks = [
-        attach(module, _Recorder(module, calls), with_input=True)
-        for module in model.modules()
-        if _may_be_attention(module)
-    ]
+    for module in model.modules():
+        if _may_be_attention(module):
+            attach(module, _Recorder(module, calls), with_input=True)
     device = next(model.parameters()).device
     tokens = torch.arange(_NUM_TOKENS, device=device).unsqueeze(0)
     try:
@@ -83,8 +81,7 @@ def probe(model: nn.Module, vocab_size: int) -> list[AttentionCall]:
             f"{type(model).__name__} takes no position_ids, so sequences cannot share a batch."
         ) from error
     finally:
-        for hook in hooks:
-            hook.remove()
+        detach_all(model)
     if not calls:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not call transformers' attention interface."

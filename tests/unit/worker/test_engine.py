@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from aptserve_worker.config import WorkerSettings
 from aptserve_worker.engine import ModelEngine
+from aptserve_worker.model.loading import load_model
 from aptserve_worker.model.probe import UnsupportedModelError
 from aptserve_worker.plan import (
     BatchPlan,
@@ -18,7 +22,7 @@ from aptserve_worker.plan import (
     ScheduledSequence,
     Tier,
 )
-from support.engines import Driver, make_engine
+from support.engines import Driver, engine_settings, make_engine
 from support.models import CONTEXT, greedy, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -218,3 +222,17 @@ def test_an_id_and_row_used_again_start_without_a_history(opt: ModelEngine):
         return tokens
 
     assert run() == run()
+
+
+@pytest.mark.parametrize("graphs", ["off", "eager"])
+def test_a_second_engine_on_a_model_frees_the_first_ones_pool(graphs: str, checkpoint: Checkpoints):
+    settings = WorkerSettings(**engine_settings(checkpoint("opt"), graphs=graphs, max_num_seqs=2))
+    loaded = load_model(
+        str(checkpoint("opt")), name=None, device=torch.device("cpu"), dtype=torch.float32
+    )
+    first = ModelEngine(loaded, settings)
+    pool = weakref.ref(first._runner.pool.layers[0])
+    del first
+    ModelEngine(loaded, settings)
+    gc.collect()
+    assert pool() is None
