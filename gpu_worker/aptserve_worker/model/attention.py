@@ -22,7 +22,7 @@ from aptserve_kernels import (
 from aptserve_kernels.index import kv_slots
 from aptserve_kernels.reference import project_keys
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from aptserve_worker.model.adapters import HiddenMaps
 from aptserve_worker.model.state_maps import StateMaps
@@ -316,11 +316,10 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-def _no_mask(*_: object, **__: object) -> None:
-    """Sequences of a flattened batch are told apart by tables, not by a mask."""
-
-
 def register() -> None:
-    """Make the attention function known to transformers under ``ATTENTION_NAME``."""
+    """Make the attention function known to transformers under ``ATTENTION_NAME``.
+
+    There is no mask function to it, so transformers makes none: sequences of a flattened batch are
+    told apart by tables. (With one it would also look at the positions, and wait for the device.)
+    """
     AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
