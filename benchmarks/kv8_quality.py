@@ -83,13 +83,15 @@ def _chunks(
     runner, tables, allocator = engine._runner, engine._tables, engine.allocator
     row = tables.take_row()
     assert row is not None
-    sequence = Sequence(0, "", ids, len(ids), Sampling(1, 0), tier, row)
+    new = NewSequence(0, "", ids, len(ids), tier, Sampling(1, 0))
+    sequence = Sequence.of(new, row, engine.info.context_length)
     units = allocator.allocate(runner.shard.num_blocks(len(ids)) * runner.units_per_block[tier])
     assert units is not None
-    sequence.num_blocks = tables.extend(tier, row, 0, units)
+    tables.extend(tier, row, 0, units)
     for start in range(0, len(ids), CHUNK):
         count = min(CHUNK, len(ids) - start)
-        step = build_step([Part(sequence, count)], tables, runner.shard, runner.device)
+        parts, none = [Part(sequence, count)], torch.zeros(0, dtype=torch.int64)
+        step = build_step(parts, tables, runner.shard, runner.device, none)
         rows = torch.arange(count)
         logits = runner.forward(step.token_ids, step.positions, step.attention, rows)
         sequence.num_computed += count

@@ -56,6 +56,7 @@ def engine_settings(**changes: Any) -> Any:
         "max_num_batched_tokens": 4096,
         "kernels": "auto",
         "graphs": "auto",
+        "overlap": "auto",
         "gpu_memory_share": 0.9,
         "num_threads": None,
         "calibrate": True,

@@ -116,6 +116,9 @@ class WorkerSettings(BaseSettings):
     graphs: Literal["auto", "off", "eager"] = "auto"
     """Decode steps recorded as CUDA graphs: auto where there is a GPU; eager runs the padded steps
     that would be recorded, on any device, to compare with."""
+    overlap: Literal["auto", "off", "on"] = "auto"
+    """Launching a step while the one before runs: auto where there is a GPU; off waits for each, to
+    compare with."""
     gpu_memory_share: float = Field(0.9, gt=0, le=1)
     """Of the GPU's memory, what weights, scratch and pool together may take."""
     num_threads: int | None = Field(None, ge=1)

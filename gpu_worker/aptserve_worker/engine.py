@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -19,6 +21,7 @@ from aptserve_worker.model.scratch import Limits
 from aptserve_worker.model.step import Part, build_step
 from aptserve_worker.parallel.group import ALONE, RankGroup
 from aptserve_worker.plan import (
+    MAX_LAUNCHED,
     BatchPlan,
     EngineInfo,
     FinishReason,
@@ -30,8 +33,9 @@ from aptserve_worker.plan import (
     Tier,
     TierInfo,
 )
-from aptserve_worker.sampling import Sampled, Sampler
+from aptserve_worker.sampling import Choice, Sampled, Sampler
 from aptserve_worker.sequences import Sequence
+from aptserve_worker.transfer import to_device
 
 if TYPE_CHECKING:  # who brings settings of its own needs not what reads them from the environment
     from aptserve_worker.config import WorkerSettings
@@ -41,8 +45,31 @@ log = structlog.get_logger(__name__)
 _CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step under way, and what is needed to enter its tokens; see :class:`ModelEngine`."""
+
+    scheduled: Seq[Sequence]
+    """In plan order, those that had ended before included."""
+    sampled: Seq[tuple[Sequence, int]]
+    """Those that get a token, in the order of ``choice``, each with the units that it held when the
+    step was launched."""
+    choice: Choice
+    num_free_units: int
+    """Units free after the step."""
+
+    def wait(self) -> None:
+        """See :class:`aptserve_worker.plan.Launched`."""
+        self.choice.wait()
+
+
 class ModelEngine:
-    """Runs plans on one model; implements :class:`aptserve_worker.plan.Engine`."""
+    """Runs plans on one model; implements :class:`aptserve_worker.plan.Engine`.
+
+    Launching never waits for the device. It does its work in the order given, so memory that a
+    launched step uses may be given to a sequence of the next one at once; and it keeps the last
+    token of each sequence, so the next step needs none from the host.
+    """
 
     def __init__(
         self, loaded: LoadedModel, settings: WorkerSettings, group: RankGroup = ALONE
@@ -73,7 +100,16 @@ class ModelEngine:
         self._context_length = loaded.context_length
         self._max_num_seqs = settings.max_num_seqs
         self._max_num_batched_tokens = settings.max_num_batched_tokens
-        self._sampler = Sampler(self._runner.kernels, settings.max_num_seqs, self._eos, group.agree)
+        self._sampler = Sampler(
+            self._runner.kernels,
+            settings.max_num_seqs,
+            self._eos,
+            self._runner.device,
+            group.agree,
+        )
+        self._overlaps = settings.overlap == "on" or (
+            settings.overlap == "auto" and self._runner.device.type == "cuda"
+        )
         is_padded = settings.graphs == "eager" or (
             settings.graphs == "auto" and self._runner.device.type == "cuda"
         )
@@ -85,6 +121,7 @@ class ModelEngine:
         )
         self._graphs = self._record_graphs(settings) if is_padded else None
         self._sequences: dict[int, Sequence] = {}
+        self._launched: deque[LaunchedStep] = deque()
         self.allocator = UnitAllocator(self._runner.pool.num_units)
         self._info = self._describe(UNCALIBRATED)
 
@@ -101,6 +138,7 @@ class ModelEngine:
         graphs = DecodeGraphs(
             runner.forward,
             self._tables,
+            self._sampler.last_tokens,
             runner.shard,
             runner.device,
             self._max_num_seqs,
@@ -122,33 +160,84 @@ class ModelEngine:
         """What to register."""
         return self._info
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether to launch a plan while the one before runs.
+
+        By itself only on a GPU: a CPU has done the work when it is launched.
+        """
+        return self._overlaps
+
     def execute(self, plan: BatchPlan) -> StepOutput:
-        """Run one iteration. Raises :class:`PlanError` when the plan disagrees with the state."""
+        """Run one iteration by itself. Raises :class:`PlanError`."""
+        self.launch(plan)
+        return self.collect()
+
+    def launch(self, plan: BatchPlan) -> LaunchedStep:
+        """Begin one iteration. Raises :class:`PlanError` when the plan disagrees with the state."""
+        if len(self._launched) == MAX_LAUNCHED:
+            raise RuntimeError(f"{MAX_LAUNCHED} steps are launched and not collected")
         self.release(plan.release)
         for sequence_id in plan.promote:
             self._promote(sequence_id)
         for new in plan.new:
             self._add(new)
-        parts, skipped = self._parts(plan.scheduled)
-        if not parts:
-            return StepOutput((), skipped, (), self.allocator.num_free)
+        scheduled = [self._known(entry.sequence_id) for entry in plan.scheduled]
+        parts = [
+            self._part(sequence, entry)
+            for sequence, entry in zip(scheduled, plan.scheduled, strict=True)
+            if not sequence.is_over
+        ]
         logits, sampled = self._forward(parts)
+        choice = self._sampler.sample(logits, [part.sequence for part in sampled])
         for part in parts:
             part.sequence.num_computed += part.num_new
-        sequences = [part.sequence for part in sampled]
-        chosen = self._sampler.sample(logits, sequences)
-        outputs, failures = self._append(sequences, chosen, [p.sequence for p in parts])
-        return StepOutput(outputs, skipped, failures, self.allocator.num_free)
+        for part in sampled:
+            part.sequence.num_pending += 1
+        step = LaunchedStep(
+            scheduled,
+            [(part.sequence, len(part.sequence.units)) for part in sampled],
+            choice,
+            self.allocator.num_free,
+        )
+        self._launched.append(step)
+        return step
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest launched iteration and enter its tokens."""
+        step = self._launched[0]
+        chosen = step.choice.read()
+        self._launched.popleft()
+        # These ended with a step before, maybe after this one was launched.
+        skipped = [s.sequence_id for s in step.scheduled if s.has_ended]
+        outputs: dict[int, SequenceOutput] = {}
+        failures: list[tuple[int, str]] = []
+        for (sequence, num_units), token in zip(step.sampled, chosen, strict=True):
+            sequence.num_pending -= 1
+            if sequence.has_ended:
+                continue
+            if token is None:
+                self._end(sequence, num_units)
+                failures.append((sequence.sequence_id, "the model produced no finite logits"))
+                continue
+            outputs[sequence.sequence_id] = output = self._append(sequence, token)
+            if output.finish_reason is not None:
+                self._end(sequence, num_units)
+        in_order = [outputs[s.sequence_id] for s in step.scheduled if s.sequence_id in outputs]
+        return StepOutput(in_order, skipped, failures, step.num_free_units)
 
     def _forward(self, parts: Seq[Part]) -> tuple[Tensor, Seq[Part]]:
         """Logits ``[len(sampled), vocab_size]`` and the parts that they are of."""
+        runner = self._runner
+        if not parts:
+            return torch.empty(0, 0, device=runner.device), ()
         recorded = None if self._graphs is None else self._graphs.run(parts)
         if recorded is not None:
             return recorded
-        step = build_step(parts, self._tables, self._runner.shard, self._runner.device)
-        logits = self._runner.forward(
-            step.token_ids, step.positions, step.attention, step.logit_rows
+        step = build_step(
+            parts, self._tables, runner.shard, runner.device, self._sampler.last_tokens
         )
+        logits = runner.forward(step.token_ids, step.positions, step.attention, step.logit_rows)
         return logits, step.sampled
 
     def release(self, sequence_ids: Seq[int]) -> None:
@@ -156,14 +245,13 @@ class ModelEngine:
         for sequence_id in sequence_ids:
             sequence = self._sequences.pop(sequence_id, None)
             if sequence is not None:
-                self.allocator.free(
-                    self._tables.units(sequence.tier, sequence.row, sequence.num_blocks)
-                )
+                self.allocator.free(sequence.units)
                 self._tables.give_row(sequence.row)
                 self._sampler.forget(sequence.row)
 
     def reset(self) -> None:
-        """Forget every sequence."""
+        """Forget every sequence and every launched iteration."""
+        self._launched.clear()
         self.release(list(self._sequences))
         self.allocator.check_integrity()
 
@@ -175,42 +263,39 @@ class ModelEngine:
         row = self._tables.take_row()
         if row is None:
             raise PlanError(f"more than {self._max_num_seqs} sequences")
-        self._sequences[new.sequence_id] = Sequence.of(new, row)
+        self._sequences[new.sequence_id] = Sequence.of(new, row, self._context_length)
 
-    def _parts(self, scheduled: Seq[ScheduledSequence]) -> tuple[list[Part], list[int]]:
-        """What to run, with units for it, and the sequences that have ended already."""
-        parts: list[Part] = []
-        skipped: list[int] = []
-        for entry in scheduled:
-            sequence = self._sequences.get(entry.sequence_id)
-            if sequence is None:
-                raise PlanError(f"sequence {entry.sequence_id} is scheduled but unknown")
-            if sequence.has_ended:
-                skipped.append(entry.sequence_id)
-                continue
-            end = entry.num_computed_tokens + entry.num_new_tokens
-            if (
-                entry.num_computed_tokens != sequence.num_computed
-                or entry.num_new_tokens < 1
-                or end > len(sequence.token_ids)
-                or end > self._context_length
-            ):
-                raise PlanError(
-                    f"sequence {entry.sequence_id}: plan computes [{entry.num_computed_tokens},"
-                    f" {end}), {sequence.num_computed} of {len(sequence.token_ids)} are computed"
-                )
-            self._grow(sequence, end)
-            parts.append(Part(sequence, entry.num_new_tokens))
-        return parts, skipped
+    def _known(self, sequence_id: int, what: str = "scheduled") -> Sequence:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            raise PlanError(f"sequence {sequence_id} is {what} but unknown")
+        return sequence
+
+    def _part(self, sequence: Sequence, entry: ScheduledSequence) -> Part:
+        """What to run of a sequence, with units for it."""
+        end = entry.num_computed_tokens + entry.num_new_tokens
+        if (
+            entry.num_computed_tokens != sequence.num_computed
+            or entry.num_new_tokens < 1
+            or end > sequence.num_tokens
+            or end > self._context_length
+        ):
+            raise PlanError(
+                f"sequence {entry.sequence_id}: plan computes [{entry.num_computed_tokens},"
+                f" {end}), {sequence.num_computed} of {sequence.num_tokens} are computed"
+            )
+        self._grow(sequence, end)
+        return Part(sequence, entry.num_new_tokens)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
-        missing = self._runner.shard.num_blocks(num_tokens) - sequence.num_blocks
+        per_block = self._runner.units_per_block[sequence.tier]
+        num_blocks = len(sequence.units) // per_block
+        missing = self._runner.shard.num_blocks(num_tokens) - num_blocks
         if missing <= 0:
             return
-        units = self._allocate(missing * self._runner.units_per_block[sequence.tier])
-        sequence.num_blocks = self._tables.extend(
-            sequence.tier, sequence.row, sequence.num_blocks, units
-        )
+        units = self._allocate(missing * per_block)
+        self._tables.extend(sequence.tier, sequence.row, num_blocks, units)
+        sequence.units += units
 
     def _allocate(self, count: int) -> list[int]:
         units = self.allocator.allocate(count)
@@ -220,55 +305,54 @@ class ModelEngine:
 
     def _promote(self, sequence_id: int) -> None:
         """Hidden → KV: the sequence keeps its units and gets the difference."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence is None:
-            raise PlanError(f"sequence {sequence_id} is promoted but unknown")
-        if sequence.has_ended:
+        sequence = self._known(sequence_id, "promoted")
+        if sequence.is_over:
             return
         if sequence.tier is not Tier.HIDDEN or Tier.KV not in self._runner.units_per_block:
             raise PlanError(f"sequence {sequence_id} cannot be promoted to KV")
-        row, blocks = sequence.row, sequence.num_blocks
-        hidden_table = self._tables.table(Tier.HIDDEN, row, blocks)
-        held = self._tables.units(Tier.HIDDEN, row, blocks)
-        wanted = blocks * self._runner.units_per_block[Tier.KV]
-        units = held + self._allocate(wanted - len(held))
-        self._tables.extend(Tier.KV, row, 0, units)
+        row, device = sequence.row, self._runner.device
+        num_blocks = len(sequence.units) // self._runner.units_per_block[Tier.HIDDEN]
+        wanted = num_blocks * self._runner.units_per_block[Tier.KV]
+        sequence.units += self._allocate(wanted - len(sequence.units))
+        self._tables.extend(Tier.KV, row, 0, sequence.units)
         self._runner.promote(
-            hidden_table, self._tables.table(Tier.KV, row, blocks), sequence.num_computed
+            to_device(self._tables.table(Tier.HIDDEN, row, num_blocks), device),
+            to_device(self._tables.table(Tier.KV, row, num_blocks), device),
+            sequence.num_computed,
         )
         sequence.tier = Tier.KV
 
-    def _append(
-        self, sampled: Seq[Sequence], chosen: Seq[Sampled | None], order: Seq[Sequence]
-    ) -> tuple[list[SequenceOutput], list[tuple[int, str]]]:
-        """Add the chosen tokens to their sequences; outputs in plan order."""
-        outputs: dict[int, SequenceOutput] = {}
-        failures: list[tuple[int, str]] = []
-        for sequence, token in zip(sampled, chosen, strict=True):
-            if token is None:
-                sequence.has_ended = True
-                failures.append((sequence.sequence_id, "the model produced no finite logits"))
-                continue
-            sequence.token_ids.append(token.token_id)
-            reason = self._finish_reason(sequence, token.token_id)
-            sequence.has_ended = reason is not None
-            outputs[sequence.sequence_id] = SequenceOutput(
-                sequence.sequence_id,
-                (token.token_id,),
-                reason,
-                () if token.logprobs is None else (token.logprobs,),
-            )
-        in_order = [outputs[s.sequence_id] for s in order if s.sequence_id in outputs]
-        return in_order, failures
+    def _append(self, sequence: Sequence, token: Sampled) -> SequenceOutput:
+        """Enter the token that was chosen for a sequence."""
+        sequence.token_ids.append(token.token_id)
+        return SequenceOutput(
+            sequence.sequence_id,
+            (token.token_id,),
+            self._finish_reason(sequence, token.token_id),
+            () if token.logprobs is None else (token.logprobs,),
+        )
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         s = sequence.sampling
         if token_id in s.stop_token_ids or (token_id in self._eos and not s.ignore_eos):
             return FinishReason.STOP
-        is_full = len(sequence.token_ids) > self._context_length
-        if is_full or sequence.num_output_tokens >= s.max_tokens:
+        if len(sequence.token_ids) >= sequence.max_num_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _end(self, sequence: Sequence, num_units: int) -> None:
+        """Run nothing more of a sequence, which holds ``num_units`` until it is released.
+
+        What the step launched meanwhile has taken for it goes back; the device does with these
+        units what that step says before it does anything for their next owner.
+        """
+        sequence.has_ended = True
+        taken = sequence.units[num_units:]
+        for later in self._launched:
+            later.num_free_units += len(taken)
+        if self._sequences.get(sequence.sequence_id) is sequence:
+            self.allocator.free(taken)
+            del sequence.units[num_units:]
 
     def _shape(self) -> Shape:
         return Shape(

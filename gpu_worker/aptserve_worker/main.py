@@ -26,7 +26,7 @@ def build_engine(settings: WorkerSettings) -> Engine:
     if settings.model == FAKE_MODEL:
         from aptserve_worker.fake import FakeEngine, FakeModel
 
-        return FakeEngine(FakeModel.from_settings(settings))
+        return FakeEngine(FakeModel.from_settings(settings), overlaps=settings.overlap == "on")
     if settings.tensor_parallel > 1:
         from aptserve_worker.parallel.engine import ParallelEngine
 

@@ -157,22 +157,53 @@ class PlanError(Exception):
     """A plan disagrees with what the engine holds: a fault of the peer or of this software."""
 
 
+MAX_LAUNCHED = 2
+"""Steps that an engine may have under way at once: one runs, the next one waits for it. More would
+gain nothing, and what is launched already cannot spare a sequence that has ended."""
+
+
+class Launched(Protocol):
+    """A step that the device works on, or will."""
+
+    def wait(self) -> None:
+        """Return once the device has done it; from any thread. Raises what broke."""
+        ...
+
+
 class Engine(Protocol):
-    """Owns a model and its memory. Called from one thread only."""
+    """Owns a model and its memory. Called from one thread only.
+
+    A plan is first launched, then collected. Its output is the same whether or not the next plan is
+    launched in between: what a sequence would not have run, had its end been known, is skipped and
+    leaves no trace.
+    """
 
     @property
     def info(self) -> EngineInfo:
         """What to register; constant after construction."""
         ...
 
-    def execute(self, plan: BatchPlan) -> StepOutput:
-        """Run one iteration and return its tokens. Raises :class:`PlanError` for a wrong plan."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether to launch a plan while the one before runs; constant after construction."""
+        ...
+
+    def launch(self, plan: BatchPlan) -> Launched:
+        """Begin one iteration. Raises :class:`PlanError` for a wrong plan.
+
+        At most ``MAX_LAUNCHED`` may be launched and not collected.
+        """
+        ...
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest launched iteration and return its tokens."""
         ...
 
     def release(self, sequence_ids: Sequence[int]) -> None:
-        """Forget sequences; unknown ids are ignored."""
+        """Forget sequences; unknown ids are ignored. Launched iterations keep their outputs."""
         ...
 
     def reset(self) -> None:
-        """Forget every sequence: the stream to the scheduler was lost."""
+        """Forget every sequence and every launched iteration: the stream to the scheduler was
+        lost."""
         ...

@@ -95,10 +95,10 @@ def set_counts(counts: Tensor, row: int, prompt: Tensor, output: Tensor) -> None
 
 def count_tokens(counts: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     """Note one new output token for each of ``rows``; a negative row is passed over."""
-    real = rows >= 0
-    rows, token_ids = rows[real], token_ids[real]
-    before = counts[rows, token_ids]
-    counts[rows, token_ids] = torch.where(before >= 2 * MAX_COUNT, before, before + 2)
+    at = (rows.clamp_min(0), token_ids)
+    counts_on = (rows >= 0) & (counts[at] < 2 * MAX_COUNT)
+    # Rows passed over add nothing to the first one.
+    counts.index_put_(at, 2 * counts_on.to(counts.dtype), accumulate=True)
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
@@ -125,8 +125,8 @@ def adjust(logits: Tensor, batch: SamplingBatch) -> None:
         logits.copy_(torch.where(times > 0, penalised - loss, penalised))
     if batch.bias is not None:
         b = batch.bias
-        real = b.rows >= 0
-        logits.index_put_((b.rows[real], b.token_ids[real]), b.values[real], accumulate=True)
+        values = torch.where(b.rows >= 0, b.values, 0.0)
+        logits.index_put_((b.rows.clamp_min(0), b.token_ids), values, accumulate=True)
 
 
 def draw(logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:

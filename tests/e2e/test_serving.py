@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from aptserve import FinishReason, InvalidArgumentError
 from aptserve_scheduler.policies import policy_names, registry
+from aptserve_worker.engine import LaunchedStep, ModelEngine
+from aptserve_worker.plan import BatchPlan
 from support.cluster import Cluster, cluster
 from support.eventually import eventually
 from support.models import CONTEXT, VOCAB, greedy
@@ -72,6 +74,33 @@ async def test_under_a_pool_too_small_for_all(
         totals = running.service.driver.snapshot().totals
         assert totals.num_preemptions > 0
         assert totals.num_finished == 24
+
+
+@pytest.mark.parametrize("graphs", ["off", "eager"])
+@pytest.mark.parametrize("policy", ["apt", "fcfs", "mixing"])
+async def test_steps_launched_ahead_of_their_results(
+    policy: str,
+    graphs: str,
+    checkpoint: Checkpoints,
+    oracle: Oracles,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Preempted, promoted and ended while the next step is under way: the same tokens."""
+    monkeypatch.setitem(registry._FACTORIES, "mixing", MixingPolicy)
+    num_under_way: list[int] = []
+    launch = ModelEngine.launch
+
+    def watched(engine: ModelEngine, plan: BatchPlan) -> LaunchedStep:
+        num_under_way.append(len(engine._launched))
+        return launch(engine, plan)
+
+    monkeypatch.setattr(ModelEngine, "launch", watched)
+    scheduler = {"policy": policy, "pipeline_depth": 2}
+    worker = {"overlap": "on", "graphs": graphs, "max_num_seqs": 16, **TIGHT}
+    async with cluster(checkpoint("opt"), scheduler=scheduler, **worker) as running:
+        await assert_exact(running, oracle("opt"), make_prompts(24, seed=3), 14)
+        assert running.service.driver.snapshot().totals.num_finished == 24
+    assert set(num_under_way) == {0, 1}
 
 
 async def test_hidden_and_kv_mix_and_hidden_is_promoted(

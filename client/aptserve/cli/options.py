@@ -264,6 +264,17 @@ Graphs = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Overlap = Annotated[
+    str | None,
+    typer.Option(
+        "--overlap",
+        metavar="WHEN",
+        show_default="auto",
+        help="Steps launched while the one before runs: auto (on a GPU), off (each is waited for, "
+        "to compare with) or on.",
+        rich_help_panel=_MODEL,
+    ),
+]
 PoolUnits = Annotated[
     int | None,
     typer.Option(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aptserve_worker.plan import Tier
+from aptserve_worker.transfer import to_device
 
 
 class BlockTables:
@@ -48,20 +49,14 @@ class BlockTables:
         """The sequence of ``row`` is gone."""
         self._free_rows.append(row)
 
-    def extend(self, tier: Tier, row: int, num_blocks: int, units: list[int]) -> int:
-        """Append ``units`` as whole blocks after the first ``num_blocks``; the new count."""
+    def extend(self, tier: Tier, row: int, num_blocks: int, units: list[int]) -> None:
+        """Append ``units`` as whole blocks after the first ``num_blocks``."""
         per_block = self.units_per_block[tier]
         added = len(units) // per_block
         table = self._tables[tier][row, num_blocks : num_blocks + added]
         table.copy_(torch.tensor(units, dtype=torch.int64).view(added, per_block))
         if self.mirrors:
             self._changed.setdefault(tier, []).append((row, num_blocks, added))
-        return num_blocks + added
-
-    def units(self, tier: Tier, row: int, num_blocks: int) -> list[int]:
-        """The unit numbers of a sequence."""
-        held: list[int] = self._tables[tier][row, :num_blocks].flatten().tolist()
-        return held
 
     def table(self, tier: Tier, row: int, num_blocks: int) -> Tensor:
         """``[num_blocks, units_per_block]`` of one sequence."""
@@ -83,6 +78,7 @@ class BlockTables:
             blocks = [block for _, first, count in changes for block in range(first, first + count)]
             at = torch.tensor([rows, blocks], dtype=torch.int64)
             units = self._tables[tier][at[0], at[1]]
-            packed = torch.cat((at.t(), units), dim=1).to(self.mirrors[tier].device)
-            self.mirrors[tier][packed[:, 0], packed[:, 1]] = packed[:, 2:]
+            mirror = self.mirrors[tier]
+            packed = to_device(torch.cat((at.t(), units), dim=1), mirror.device)
+            mirror[packed[:, 0], packed[:, 1]] = packed[:, 2:]
         self._changed.clear()

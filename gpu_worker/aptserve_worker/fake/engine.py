@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aptserve_worker.fake.faults import FaultKind, FaultPlan
 from aptserve_worker.fake.model import FakeModel
 from aptserve_worker.plan import (
+    MAX_LAUNCHED,
     BatchPlan,
     EngineInfo,
     FinishReason,
@@ -92,9 +94,18 @@ class _Sequence:
         return self.failed or self.finish_reason is not None
 
 
+class _Done:
+    """A step that was done when it was launched."""
+
+    def wait(self) -> None:
+        return
+
+
 @dataclass
 class FakeEngine:
     """Runs plans on counts alone; raises :class:`PlanError` for every plan that could not be run.
+
+    A plan runs when it is launched; collecting only hands its output over.
 
     A sequence of n cached tokens in tier t holds ``ceil(n / block_size) * units_per_block(t)``
     units until it is released, also after its end. ``step_seconds`` is slept in each step.
@@ -104,9 +115,11 @@ class FakeEngine:
     step_seconds: float = 0.0
     faults: FaultPlan = field(default_factory=lambda: FaultPlan(()))
     gate: StepGate = field(default_factory=StepGate)
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         self._sequences: dict[int, _Sequence] = {}
+        self._outputs: deque[StepOutput] = deque()
         self._units_per_block = {t.tier: t.units_per_block for t in self.model.tiers}
         self._num_free_units = self.model.num_units
         self.num_steps = 0
@@ -129,7 +142,14 @@ class FakeEngine:
         return self._num_free_units
 
     def execute(self, plan: BatchPlan) -> StepOutput:
-        """One iteration; see :class:`aptserve_worker.plan.Engine`."""
+        """One iteration by itself."""
+        self.launch(plan)
+        return self.collect()
+
+    def launch(self, plan: BatchPlan) -> _Done:
+        """Run one iteration; see :class:`aptserve_worker.plan.Engine`."""
+        if len(self._outputs) == MAX_LAUNCHED:
+            raise RuntimeError(f"{MAX_LAUNCHED} steps are launched and not collected")
         self.gate.wait()
         if self.step_seconds:
             time.sleep(self.step_seconds)
@@ -140,7 +160,12 @@ class FakeEngine:
             self._promote(sequence_id)
         for new in plan.new:
             self._add(new)
-        return self._run(plan.scheduled, fault)
+        self._outputs.append(self._run(plan.scheduled, fault))
+        return _Done()
+
+    def collect(self) -> StepOutput:
+        """The output of the oldest launched iteration."""
+        return self._outputs.popleft()
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """Forget sequences; unknown ids are ignored."""
@@ -152,6 +177,7 @@ class FakeEngine:
     def reset(self) -> None:
         """Forget every sequence."""
         self._sequences.clear()
+        self._outputs.clear()
         self._num_free_units = self.model.num_units
         self.num_resets += 1
 

@@ -37,7 +37,10 @@ class FakeWorker:
         self.settings = WorkerSettings(scheduler=address, model=FAKE_MODEL, **settings)
         fault_plan = FaultPlan(faults)
         self.engine = FakeEngine(
-            model or FakeModel.from_settings(self.settings), step_seconds, fault_plan
+            model or FakeModel.from_settings(self.settings),
+            step_seconds,
+            fault_plan,
+            overlaps=self.settings.overlap == "on",
         )
         self._encode = fault_plan.encode
         self._wait = wait

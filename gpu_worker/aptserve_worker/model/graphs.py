@@ -3,7 +3,8 @@
 Launching the kernels of a decode step one by one takes the host longer than they run, so a GPU
 waits. A CUDA graph launches all of them at once, but fixes every shape and address. Steps are
 therefore padded to a few numbers of rows per tier, and read what they need from buffers: a token, a
-length and a table row for each sequence. Where its new entries go and which blocks it attends to
+length and a table row for each sequence. A token that the host does not know yet is found by the
+row. Where its new entries go and which blocks it attends to
 follow from those on the device. A padding row has length 0: it writes nothing and attends to
 nothing.
 """
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from aptserve_worker.cache.tables import BlockTables
 from aptserve_worker.model.attention import AttentionStep, DecodeRows
-from aptserve_worker.model.step import Part, decode_batch
+from aptserve_worker.model.step import Part, decode_batch, filled
 from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
+from aptserve_worker.transfer import copy_to_device, to_device
 
 log = structlog.get_logger(__name__)
 
@@ -46,10 +48,8 @@ class _Step:
     """A recorded step: its buffers and how to run it."""
 
     shape: Shape
-    host: Tensor
-    """``[3, rows]`` int64: tokens, lengths and table rows; pinned where there is a GPU."""
     inputs: Tensor
-    """The same on the device."""
+    """``[3, rows]`` int64: tokens, lengths and table rows."""
     replay: Callable[[], Tensor]
 
 
@@ -59,6 +59,9 @@ class DecodeGraphs:
 
     forward: Forward
     tables: BlockTables
+    last_tokens: Tensor
+    """``[max_num_seqs]``: the last token of each sequence, by table row, where a step finds those
+    that the host does not know."""
     shard: Shard
     device: torch.device
     max_num_seqs: int
@@ -89,41 +92,39 @@ class DecodeGraphs:
         ordered = [part for some in by_tier.values() for part in some]
         if rows == list(range(len(rows))):
             return logits[: len(rows)], ordered
-        return logits.index_select(0, torch.tensor(rows).to(self.device)), ordered
+        return logits.index_select(0, to_device(torch.tensor(rows), self.device)), ordered
 
     def _fill(self, step: _Step, by_tier: Mapping[Tier, Sequence[Part]]) -> list[int]:
         """Tell the step about its sequences; returns their rows."""
-        step.host.zero_()
+        host = torch.zeros(step.inputs.shape, dtype=torch.int64)
         rows: list[int] = []
         start = 0
         for tier, count in step.shape:
             parts = by_tier[tier]
             values = [
-                [p.sequence.token_ids[p.sequence.num_computed] for p in parts],
+                [token for p in parts for token in p.token_ids],
                 [p.end for p in parts],
                 [p.sequence.row for p in parts],
             ]
-            step.host[:, start : start + len(parts)] = torch.tensor(values, dtype=torch.int64)
+            host[:, start : start + len(parts)] = torch.tensor(values, dtype=torch.int64)
             rows += range(start, start + len(parts))
             start += count
         self.tables.sync_mirrors()
-        step.inputs.copy_(step.host, non_blocking=True)
+        copy_to_device(host, step.inputs)
         return rows
 
     def _recorded(self, shape: Shape) -> _Step:
         num_rows = sum(count for _, count in shape)
-        host = torch.zeros(3, num_rows, dtype=torch.int64)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        inputs = host.to(self.device, copy=True)
+        inputs = torch.zeros(3, num_rows, dtype=torch.int64, device=self.device)
         all_rows = torch.arange(num_rows, device=self.device)
 
         def step() -> Tensor:
             token_ids, lengths, table_rows = inputs
+            token_ids = filled(token_ids, table_rows, self.last_tokens)
             attention = self._attention(shape, lengths, table_rows)
             return self.forward(token_ids, (lengths - 1).clamp_min(0), attention, all_rows)
 
-        return _Step(shape, host, inputs, self.record(step))
+        return _Step(shape, inputs, self.record(step))
 
     def _attention(self, shape: Shape, lengths: Tensor, table_rows: Tensor) -> AttentionStep:
         decodes: dict[Tier, DecodeRows] = {}

@@ -15,6 +15,7 @@ from aptserve_worker.model.attention import AttentionStep, DecodeRows, HiddenChu
 from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
 from aptserve_worker.sequences import Sequence
+from aptserve_worker.transfer import to_device
 
 _NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -28,8 +29,8 @@ class Part:
 
     @property
     def samples(self) -> bool:
-        """Whether the part reaches the last known token."""
-        return self.end == len(self.sequence.token_ids)
+        """Whether the part reaches the last token there is."""
+        return self.end == self.sequence.num_tokens
 
     @property
     def is_decode(self) -> bool:
@@ -45,6 +46,11 @@ class Part:
     def end(self) -> int:
         """Tokens of the sequence that are computed afterwards."""
         return self.sequence.num_computed + self.num_new
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute; the host may not know the last of them, see :func:`filled`."""
+        return self.sequence.tokens_to_compute(self.num_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,28 +98,49 @@ def _filled(groups: dict[Tier, list[Part]]) -> dict[Tier, list[Part]]:
     return {tier: parts for tier, parts in groups.items() if parts}
 
 
+def filled(token_ids: Tensor, table_rows: Tensor, last_tokens: Tensor) -> Tensor:
+    """``token_ids`` ``[rows]``, in place of unknown ones the last token of the sequence.
+
+    ``table_rows``: ``[rows]``, the row of each one's sequence in ``last_tokens``.
+    """
+    return torch.where(token_ids < 0, last_tokens.index_select(0, table_rows), token_ids)
+
+
 def build_step(
-    parts: Seq[Part], tables: BlockTables, shard: Shard, device: torch.device
+    parts: Seq[Part],
+    tables: BlockTables,
+    shard: Shard,
+    device: torch.device,
+    last_tokens: Tensor,
 ) -> StepInput:
-    """Flatten ``parts``, in the row order of :class:`AttentionStep`."""
+    """Flatten ``parts``, in the row order of :class:`AttentionStep`.
+
+    ``last_tokens``: ``[max_num_seqs]`` on the device, by row of the tables.
+    """
     groups = _Groups.of(parts)
     ordered = groups.ordered
-    token_ids: list[int] = []
+    ids: list[int] = []
     positions: list[int] = []
     last_rows: list[int] = []
     for part in ordered:
-        start = part.sequence.num_computed
-        token_ids += part.sequence.token_ids[start : part.end]
-        positions += range(start, part.end)
-        last_rows.append(len(token_ids) - 1)
+        ids += part.token_ids
+        positions += range(part.sequence.num_computed, part.end)
+        last_rows.append(len(ids) - 1)
     sampled = [(row, p) for row, p in zip(last_rows, ordered, strict=True) if p.samples]
+    counts = torch.tensor([p.num_new for p in ordered], dtype=torch.int64)
+    rows = torch.tensor([p.sequence.row for p in ordered], dtype=torch.int64)
+    table_rows = rows.repeat_interleave(counts)
+    token_ids = to_device(torch.tensor(ids, dtype=torch.int64), device)
+    if any(part.sequence.num_pending for part in ordered):
+        token_ids = filled(token_ids, to_device(table_rows, device), last_tokens)
     position_tensor = torch.tensor(positions, dtype=torch.int64)
-    slots = _on(device, _slots(ordered, position_tensor, tables, shard))
+    tiers = torch.tensor([p.sequence.tier for p in ordered]).repeat_interleave(counts)
+    slots = _slots(tiers, table_rows, position_tensor, tables, shard)
     return StepInput(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
-        positions=position_tensor.to(device),
-        attention=_Layout(tables, shard, device).attention(groups, slots),
-        logit_rows=torch.tensor([row for row, _ in sampled], dtype=torch.int64).to(device),
+        token_ids=token_ids,
+        positions=to_device(position_tensor, device),
+        attention=_Layout(tables, shard, device).attention(groups, _on(device, slots)),
+        logit_rows=to_device(torch.tensor([row for row, _ in sampled], dtype=torch.int64), device),
         sampled=[part for _, part in sampled],
     )
 
@@ -159,7 +186,8 @@ class _Layout:
 
     def _hidden_chunk(self, part: Part) -> HiddenChunk:
         s = part.sequence
-        table = self._tables.table(s.tier, s.row, s.num_blocks).to(self._device)
+        num_blocks = self._shard.num_blocks(part.end)
+        table = to_device(self._tables.table(s.tier, s.row, num_blocks), self._device)
         batch = self._ragged([part], table.unsqueeze(0), keys=[part.end])
         return HiddenChunk(*self._take([part]), s.num_computed, table, batch)
 
@@ -179,27 +207,27 @@ class _Layout:
     def _gathered(self, tier: Tier, parts: Seq[Part]) -> Tensor:
         rows = torch.tensor([part.sequence.row for part in parts], dtype=torch.int64)
         num_blocks = self._shard.num_blocks(max(part.end for part in parts))
-        return self._tables.gather(tier, rows, num_blocks).to(self._device)
+        return to_device(self._tables.gather(tier, rows, num_blocks), self._device)
 
     def _starts(self, counts: Seq[int]) -> Tensor:
         starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
         torch.cumsum(torch.tensor(counts, dtype=torch.int64), 0, out=starts[1:])
-        return starts.to(self._device)
+        return to_device(starts, self._device)
 
     def _ints(self, values: Seq[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self._device)
 
 
 def _on(device: torch.device, slots: WriteSlots) -> WriteSlots:
     def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
+        return None if tensor is None else to_device(tensor, device)
 
     return WriteSlots(
         move(slots.kv_rows),
-        slots.key_slots.to(device),
-        slots.value_slots.to(device),
+        to_device(slots.key_slots, device),
+        to_device(slots.value_slots, device),
         move(slots.hidden_rows),
-        slots.hidden_slots.to(device),
+        to_device(slots.hidden_slots, device),
         move(slots.kv8_rows),
         move(slots.kv8_slots),
     )
@@ -215,12 +243,13 @@ def decode_batch(tier: Tier, tables: Tensor, lengths: Tensor, shard: Shard) -> D
     return DecodeBatch(tables, lengths, shard.kv)
 
 
-def _slots(ordered: Seq[Part], positions: Tensor, tables: BlockTables, shard: Shard) -> WriteSlots:
-    """Cache slots of every row; each tier gets its rows, None meaning all of them."""
-    counts = torch.tensor([p.num_new for p in ordered], dtype=torch.int64)
-    table_rows = torch.tensor([p.sequence.row for p in ordered], dtype=torch.int64)
-    table_rows = table_rows.repeat_interleave(counts)
-    tiers = torch.tensor([p.sequence.tier for p in ordered]).repeat_interleave(counts)
+def _slots(
+    tiers: Tensor, table_rows: Tensor, positions: Tensor, tables: BlockTables, shard: Shard
+) -> WriteSlots:
+    """Cache slots of every row; each tier gets its rows, None meaning all of them.
+
+    ``tiers``, ``table_rows``, ``positions``: ``[rows]``, on the host like the slots.
+    """
     block_size = shard.block_size
 
     def rows_of(chosen: Tensor) -> Tensor | None:

@@ -1,13 +1,13 @@
 """From logits to tokens: what sequences wish for, laid out for the device.
 
 Most rows ask for nothing but the most likely token, which is one maximum over all of them. The
-others are sampled together, by the rules of :mod:`aptserve_kernels.sampling`; only the tokens come
-back to the host, in one copy.
+others are sampled together, by the rules of :mod:`aptserve_kernels.sampling`. Nothing here waits
+for the device: tokens stay there for the next step, and a copy of them goes to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aptserve_worker.plan import Logprobs
 from aptserve_worker.sequences import Sequence
+from aptserve_worker.transfer import Fetch, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,53 @@ class Sampled:
     logprobs: Logprobs | None = None
 
 
+class Choice:
+    """Tokens that the device chooses, on their way to the host."""
+
+    def __init__(self, fetch: Fetch, num_logprobs: Mapping[int, int]) -> None:
+        """``fetch``: tokens ``[rows]``, -1 for none; then, of the rows in ``num_logprobs``, what
+        :func:`aptserve_kernels.sampling.logprobs` gives."""
+        self._fetch = fetch
+        self._num_logprobs = num_logprobs
+
+    def wait(self) -> None:
+        """Return once they are there; from any thread."""
+        self._fetch.wait()
+
+    def read(self) -> list[Sampled | None]:
+        """One for each row, None where its logits hold no finite maximum; waits for them."""
+        fetched = [tensor.tolist() for tensor in self._fetch.tensors()]
+        if not fetched:
+            return []
+        tokens, *columns = fetched
+        found = self._logprobs(tokens, *columns) if self._num_logprobs else {}
+        return [
+            None if token < 0 else Sampled(token, found.get(row))
+            for row, token in enumerate(tokens)
+        ]
+
+    def _logprobs(
+        self,
+        tokens: list[int],
+        chosen: list[float],
+        best_tokens: list[list[int]],
+        best: list[list[float]],
+    ) -> dict[int, Logprobs]:
+        """By row."""
+        return {
+            row: Logprobs(
+                (tokens[row], chosen[at]),
+                tuple(zip(best_tokens[at][:num], best[at][:num], strict=True)),
+            )
+            for at, (row, num) in enumerate(self._num_logprobs.items())
+        }
+
+
 class Sampler:
     """Chooses tokens; rows do not influence one another.
 
-    Keeps, for sequences with penalties, what they have seen: ``[max_num_seqs, vocab_size]`` on the
-    device, made when the first of them comes.
+    Keeps on the device, by the rows of the sequences, the last token of each, and what sequences
+    with penalties have seen: ``[max_num_seqs, vocab_size]``, made when the first of them comes.
     """
 
     def __init__(
@@ -47,6 +90,7 @@ class Sampler:
         kernels: Kernels,
         max_num_seqs: int,
         eos: Seq[int],
+        device: torch.device,
         agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
     ) -> None:
         """``agree``: where ranks sample the same logits, the choice that holds for all of them."""
@@ -54,55 +98,59 @@ class Sampler:
         self._agree = agree
         self._max_num_seqs = max_num_seqs
         self._eos = tuple(eos)
+        self._device = device
+        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        """``[max_num_seqs]``: what each sequence was given last, 0 where nothing could be."""
         self._counts: Tensor | None = None
         self._counted: set[int] = set()
         """Rows of the counts that hold those of the sequence that owns the row."""
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
-        """The next token of each sequence; None where its logits hold no finite maximum.
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Choice:
+        """Choose the next token of each sequence.
 
         ``logits``: ``[len(sequences), vocab_size]`` float32.
         """
         if not sequences:
-            return []
+            return Choice(Fetch((), self._device), {})
         best, tokens = logits.max(dim=-1)
         # NaN wins every maximum, so one look at the maximum tells whether a row is sound.
         sound = best.isfinite()
         special = [i for i, s in enumerate(sequences) if not is_plain_greedy(s, self._eos)]
-        wanted: dict[int, Logprobs] = {}
+        asked: dict[int, int] = {}
+        columns: tuple[Tensor, ...] = ()
         if special:
-            rows = torch.tensor(special, dtype=torch.int64, device=logits.device)
+            rows = self._column(special, torch.int64)
             adjusted = logits.index_select(0, rows)
             some = [sequences[i] for i in special]
             tokens[rows], sound[rows] = self._sample(adjusted, some)
-            wanted = _wanted_logprobs(adjusted, tokens[rows], some)
-        chosen = self._agree(torch.where(sound, tokens, -1)).tolist()
-        place = {i: at for at, i in enumerate(special)}
-        return [
-            None if token < 0 else Sampled(token, wanted.get(place.get(i, -1)))
-            for i, token in enumerate(chosen)
-        ]
+            asked = _num_logprobs(some)
+            if asked:
+                of_asked = self._column(list(asked), torch.int64)
+                taken = tokens.index_select(0, rows.index_select(0, of_asked))
+                adjusted = adjusted.index_select(0, of_asked)
+                columns = logprobs(adjusted, taken, max(asked.values()))
+        chosen = self._agree(torch.where(sound, tokens, -1))
+        table_rows = self._column([s.row for s in sequences], torch.int64)
+        # A sequence without a token has failed, but a step launched already may run it on.
+        self.last_tokens.index_copy_(0, table_rows, chosen.clamp_min(0))
+        fetch = Fetch((chosen, *columns), self._device)
+        return Choice(fetch, {special[i]: num for i, num in asked.items()})
 
     def forget(self, row: int) -> None:
         """The sequence of a row is gone; another may own the row next, even under the same id."""
         self._counted.discard(row)
 
     def _sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[Tensor, Tensor]:
-        device = logits.device
         wishes = [s.sampling for s in sequences]
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device)
-
         batch = SamplingBatch(
-            temperature=column([w.temperature for w in wishes], torch.float32),
-            top_k=column([w.top_k for w in wishes], torch.int64),
-            top_p=column([w.top_p for w in wishes], torch.float64),
-            min_p=column([w.min_p for w in wishes], torch.float64),
-            seed=column([_signed(w.seed) for w in wishes], torch.int64),
-            position=column([s.num_output_tokens for s in sequences], torch.int64),
+            temperature=self._column([w.temperature for w in wishes], torch.float32),
+            top_k=self._column([w.top_k for w in wishes], torch.int64),
+            top_p=self._column([w.top_p for w in wishes], torch.float64),
+            min_p=self._column([w.min_p for w in wishes], torch.float64),
+            seed=self._column([_signed(w.seed) for w in wishes], torch.int64),
+            position=self._column([s.num_output_tokens for s in sequences], torch.int64),
             penalties=self._penalties(logits, sequences),
-            bias=self._bias(sequences, device),
+            bias=self._bias(sequences),
         )
         tokens, sound = self._kernels.sample(logits, batch)
         if batch.penalties is not None:
@@ -114,32 +162,31 @@ class Sampler:
         if max(rows) < 0:
             return None
         if self._counts is None:
-            self._counts = new_counts(self._max_num_seqs, logits.shape[1], logits.device)
+            self._counts = new_counts(self._max_num_seqs, logits.shape[1], self._device)
         for sequence in sequences:
             if _has_penalties(sequence) and sequence.row not in self._counted:
                 self._begin_counting(self._counts, sequence)
         wishes = [s.sampling for s in sequences]
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32).to(logits.device)
-
         return Penalties(
-            repetition=column([w.repetition_penalty for w in wishes]),
-            presence=column([w.presence_penalty for w in wishes]),
-            frequency=column([w.frequency_penalty for w in wishes]),
+            repetition=self._column([w.repetition_penalty for w in wishes], torch.float32),
+            presence=self._column([w.presence_penalty for w in wishes], torch.float32),
+            frequency=self._column([w.frequency_penalty for w in wishes], torch.float32),
             counts=self._counts,
-            rows=torch.tensor(rows, dtype=torch.int64).to(logits.device),
+            rows=self._column(rows, torch.int64),
         )
 
     def _begin_counting(self, counts: Tensor, sequence: Sequence) -> None:
-        def on_device(token_ids: Seq[int]) -> Tensor:
-            return torch.tensor(token_ids, dtype=torch.int64).to(counts.device)
-
-        prompt = on_device(sorted(set(sequence.token_ids[: sequence.num_prompt_tokens])))
-        set_counts(counts, sequence.row, prompt, on_device(sequence.output_token_ids))
+        """Count what the host knows: all there is, since the first token comes only now."""
+        prompt = sorted(set(sequence.token_ids[: sequence.num_prompt_tokens]))
+        set_counts(
+            counts,
+            sequence.row,
+            self._column(prompt, torch.int64),
+            self._column(sequence.output_token_ids, torch.int64),
+        )
         self._counted.add(sequence.row)
 
-    def _bias(self, sequences: Seq[Sequence], device: torch.device) -> TokenBias | None:
+    def _bias(self, sequences: Seq[Sequence]) -> TokenBias | None:
         entries: list[tuple[int, int, float]] = []
         for row, sequence in enumerate(sequences):
             biases = dict(sequence.sampling.logit_bias)
@@ -149,10 +196,13 @@ class Sampler:
             return None
         rows, token_ids, values = zip(*entries, strict=True)
         return TokenBias(
-            rows=torch.tensor(rows, dtype=torch.int64).to(device),
-            token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
-            values=torch.tensor(values, dtype=torch.float32).to(device),
+            rows=self._column(rows, torch.int64),
+            token_ids=self._column(token_ids, torch.int64),
+            values=self._column(values, torch.float32),
         )
+
+    def _column(self, values: Seq[float] | Seq[int], dtype: torch.dtype) -> Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), self._device)
 
 
 def is_plain_greedy(sequence: Sequence, eos: Seq[int]) -> bool:
@@ -186,21 +236,6 @@ def _signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def _wanted_logprobs(
-    adjusted: Tensor, tokens: Tensor, sequences: Seq[Sequence]
-) -> dict[int, Logprobs]:
-    """Of the rows that ask for them."""
-    numbers = {i: n for i, s in enumerate(sequences) if (n := s.sampling.num_logprobs) is not None}
-    if not numbers:
-        return {}
-    rows = torch.tensor(list(numbers), dtype=torch.int64, device=adjusted.device)
-    found = logprobs(adjusted[rows], tokens[rows], max(numbers.values()))
-    chosen, best_tokens, best = (part.tolist() for part in found)
-    token_ids = tokens[rows].tolist()
-    return {
-        row: Logprobs(
-            (token_ids[at], chosen[at]),
-            tuple(zip(best_tokens[at][:num], best[at][:num], strict=True)),
-        )
-        for at, (row, num) in enumerate(numbers.items())
-    }
+def _num_logprobs(sequences: Seq[Sequence]) -> dict[int, int]:
+    """How many of the most likely tokens' are asked for, by row; of rows that ask for any."""
+    return {i: n for i, s in enumerate(sequences) if (n := s.sampling.num_logprobs) is not None}

@@ -48,11 +48,11 @@ def test_tables_keep_each_sequence_in_its_row():
     assert a is not None
     assert b is not None
     assert tables.take_row() is None
-    assert tables.extend(Tier.KV, a, 0, [4, 5, 6, 7]) == 2
-    assert tables.extend(Tier.HIDDEN, b, 0, [1]) == 1
-    assert tables.extend(Tier.HIDDEN, b, 1, [9, 3]) == 3
-    assert tables.units(Tier.KV, a, 2) == [4, 5, 6, 7]
-    assert tables.units(Tier.HIDDEN, b, 3) == [1, 9, 3]
+    tables.extend(Tier.KV, a, 0, [4, 5, 6, 7])
+    tables.extend(Tier.HIDDEN, b, 0, [1])
+    tables.extend(Tier.HIDDEN, b, 1, [9, 3])
+    assert tables.table(Tier.KV, a, 2).tolist() == [[4, 5], [6, 7]]
+    assert tables.table(Tier.HIDDEN, b, 3).tolist() == [[1], [9], [3]]
     tables.give_row(a)
     assert tables.take_row() == a
 

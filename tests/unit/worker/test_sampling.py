@@ -25,11 +25,15 @@ def make_sequence(*, output: int = 0, tokens: list[int] | None = None, **samplin
     tokens = tokens or [5, 6, 7, *range(10, 10 + output)]
     values: dict[str, Any] = {"max_tokens": 99, "seed": 1, **sampling}
     new = NewSequence(1, "r", tokens, len(tokens) - output, Tier.KV, Sampling(**values))
-    return Sequence.of(new, row=0)
+    return Sequence.of(new, row=0, context_length=1000)
+
+
+def make_sampler(eos: Any = EOS) -> Sampler:
+    return Sampler(Kernels(), 8, eos, torch.device("cpu"))
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], eos: Any) -> list[Sampled | None]:
-    return Sampler(Kernels(), 8, eos).sample(logits, sequences)
+    return make_sampler(eos).sample(logits, sequences).read()
 
 
 def draw(logits: torch.Tensor, **sampling: Any) -> int:
@@ -162,19 +166,19 @@ def test_a_row_with_every_token_forbidden_fails():
 def test_penalties_follow_a_sequence_and_not_its_row(logits: torch.Tensor):
     """A row of the counts passes on to another sequence; the first comes back elsewhere."""
     wishes = {"frequency_penalty": 3.0, "repetition_penalty": 1.5}
-    sampler, tokens = Sampler(Kernels(), 4, EOS), [5, 6, 7]
+    sampler, tokens = make_sampler(), [5, 6, 7]
     first = make_sequence(tokens=list(tokens), **wishes)
     for _ in range(4):
-        chosen = sampler.sample(logits.unsqueeze(0), [first])[0]
+        chosen = sampler.sample(logits.unsqueeze(0), [first]).read()[0]
         assert chosen is not None
         first.token_ids.append(chosen.token_id)
     sampler.forget(first.row)
     other = make_sequence(tokens=list(tokens), **wishes)
-    fresh = Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [other])
-    assert sampler.sample(logits.unsqueeze(0), [other]) == fresh
+    fresh = sample(logits.unsqueeze(0), [other], EOS)
+    assert sampler.sample(logits.unsqueeze(0), [other]).read() == fresh
     back = make_sequence(tokens=list(first.token_ids), output=4, **wishes)
     back.row = 1
-    wanted = Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [back])
-    assert sampler.sample(logits.unsqueeze(0), [back]) == wanted
+    wanted = sample(logits.unsqueeze(0), [back], EOS)
+    assert sampler.sample(logits.unsqueeze(0), [back]).read() == wanted
     first.row = 2  # counted on as it went, against counted at once
-    assert wanted == Sampler(Kernels(), 4, EOS).sample(logits.unsqueeze(0), [first])
+    assert wanted == sample(logits.unsqueeze(0), [first], EOS)

@@ -61,6 +61,7 @@ def test_bytes_are_parsed(text: str, value: int) -> None:
         ({"tiers": "hidden"}, "tiers: kv must be among them"),
         ({"tiers": "kv,kv"}, "tiers: each may be named once"),
         ({"dtype": "int4"}, "dtype='int4': Input should be 'auto', 'float32'"),
+        ({"overlap": "maybe"}, "overlap='maybe': Input should be 'auto', 'off' or 'on'"),
         ({"max_num_seqs": "many"}, "max_num_seqs='many': Input should be a valid integer"),
         ({"no_such": 1}, "no_such=1: Extra inputs are not permitted"),
         ({"worker_id": ""}, "worker_id='': String should have at least 1 character"),

@@ -120,6 +120,19 @@ def test_ended_sequence_is_skipped_and_keeps_its_units() -> None:
     assert (output.skipped, output.outputs, output.num_free_units) == ([1], [], 6)
 
 
+def test_outputs_are_handed_over_in_the_order_launched() -> None:
+    plans = [
+        BatchPlan(1, new=(make_new(max_tokens=1),), scheduled=(ScheduledSequence(1, 0, 4),)),
+        BatchPlan(2, scheduled=(ScheduledSequence(1, 4, 1),)),
+    ]
+    alone, ahead = FakeEngine(MODEL), FakeEngine(MODEL, overlaps=True)
+    for plan in plans:
+        ahead.launch(plan).wait()
+    with pytest.raises(RuntimeError, match="2 steps are launched"):
+        ahead.launch(plans[1])
+    assert [ahead.collect() for _ in plans] == [alone.execute(plan) for plan in plans]
+
+
 def test_logprobs_have_the_shape_asked_for() -> None:
     engine = FakeEngine(MODEL)
     news = (make_new(1), make_new(2, num_logprobs=0), make_new(3, num_logprobs=2))

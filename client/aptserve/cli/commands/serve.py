@@ -38,6 +38,7 @@ _WORKER_FIELDS = (
     "dtype",
     "kernels",
     "graphs",
+    "overlap",
     "num_threads",
     "log_level",
 )
@@ -70,6 +71,7 @@ def up(
     dtype: opt.Dtype = None,
     kernels: opt.Kernels = None,
     graphs: opt.Graphs = None,
+    overlap: opt.Overlap = None,
     num_threads: opt.Threads = None,
     first_prompt: Annotated[
         str | None,
@@ -192,6 +194,7 @@ def worker(
     dtype: opt.Dtype = None,
     kernels: opt.Kernels = None,
     graphs: opt.Graphs = None,
+    overlap: opt.Overlap = None,
     num_threads: opt.Threads = None,
     log_level: opt.LogLevel = None,
 ) -> None:
