@@ -566,10 +566,12 @@ class StepResult(_message.Message):
     plan_id: _builtins.int
     """The plan."""
     step_seconds: _builtins.float
-    """From start to end of the iteration."""
+    """From the start of the iteration, or the end of the one before where that comes later, to its
+    end.
+    """
     gap_seconds: _builtins.float
     """From the end of the iteration before to the start of this one, while its plan or any sequence
-    was there; 0 after an idle time.
+    was there; 0 after an idle time, and where this one was started before that end.
     """
     num_free_units: _builtins.int
     """Units free after the iteration, for the scheduler's integrity check."""
