@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from aptserve_worker.engine import ModelEngine
 from aptserve_worker.model.loading import LoadedModel
-from aptserve_worker.plan import BatchPlan, NewSequence, Sampling, ScheduledSequence, Tier
+from aptserve_worker.plan import (
+    MAX_LAUNCHED,
+    BatchPlan,
+    NewSequence,
+    Sampling,
+    ScheduledSequence,
+    Tier,
+)
 
 from benchmarks.common import make_prompts
 from benchmarks.gpu_check import opt_model, stand_ins, transformers_engines
@@ -22,7 +29,8 @@ from benchmarks.gpu_check.context import Context
 
 _BATCHES, _QUICK_BATCHES, _DRY_BATCHES = (64, 1, 16, 256), (1, 64), (2,)
 _PROMPT_TOKENS, _DRY_PROMPT_TOKENS = 128, 6
-_STEPS, _DRY_STEPS = 32, 3
+_STEPS, _DRY_STEPS = 16, 2
+"""Of each row; a run makes one with steps launched ahead and one without."""
 _REQUESTS, _DRY_REQUESTS = (64, 64), (2, 4)
 """Of the throughput: how many, and output tokens of each."""
 _DRY_GRAPHS = "eager"
@@ -41,7 +49,8 @@ _TIERS: dict[str, Callable[[int], Tier]] = {
 
 
 def measure(context: Context) -> dict[str, Any]:
-    """Step times by tier and batch, with graphs and without; throughput beside transformers."""
+    """Step times by tier and batch, with graphs and without, steps launched ahead or each waited
+    for; throughput beside transformers."""
     stand_ins.quiet()
     if not context.has_seconds(_WEIGHT_SECONDS, "all of it"):
         return {}
@@ -111,10 +120,10 @@ def _prompts(context: Context, loaded: LoadedModel, count: int) -> list[list[int
 def _steps(
     context: Context, loaded: LoadedModel, engine: ModelEngine, graphs: str, tier: str, batch: int
 ) -> list[dict[str, Any]]:
-    """One row, or none where the pool is too small."""
+    """A row with each step waited for, one with steps ahead; none where the pool is too small."""
     num_steps = _DRY_STEPS if context.is_dry else _STEPS
     prompts = _prompts(context, loaded, batch)
-    length = len(prompts[0]) + num_steps + _PROFILED_STEPS + 1
+    length = len(prompts[0]) + 2 * num_steps + _PROFILED_STEPS + 1
     per_block = {t.tier: t.units_per_block for t in engine.info.tiers}
     blocks = -(-length // engine.info.block_size)
     units = blocks * sum(per_block[_TIERS[tier](i)] for i in range(batch))
@@ -123,26 +132,37 @@ def _steps(
         return []
     run = _Run(engine, tier, prompts, length)
     run.prefill()
-    seconds = [run.step() for _ in range(num_steps)]
-    median = statistics.median(seconds)
+    timed = {overlaps: run.steps(num_steps, overlaps=overlaps) for overlaps in (False, True)}
     busy = _busy_seconds(context.device, run)
     engine.reset()
-    row = {
-        "graphs": graphs,
-        "tier": tier,
-        "batch": batch,
+    where = {"graphs": graphs, "tier": tier, "batch": batch}
+    return [_row(context, where, overlaps, seconds, busy) for overlaps, seconds in timed.items()]
+
+
+def _row(
+    context: Context,
+    where: dict[str, Any],
+    overlaps: bool,
+    seconds: Sequence[float],
+    busy: float | None,
+) -> dict[str, Any]:
+    """``seconds`` of some steps, in each of which kernels take ``busy`` seconds."""
+    median = statistics.median(seconds)
+    idle_share = None if busy is None else max(0.0, 1 - busy / median)
+    context.say(
+        f"    graphs {where['graphs']:<5} {where['tier']:<6} batch {where['batch']:>3} "
+        f"{'ahead ' if overlaps else 'waited'}: {median * 1e3:8.2f} ms a step, "
+        f"{where['batch'] / median:8,.0f} tokens/s"
+        + ("" if idle_share is None else f", device idle {idle_share:.0%}")
+    )
+    return where | {
+        "overlaps": overlaps,
         "step_seconds": median,
         "low_seconds": min(seconds),
         "high_seconds": max(seconds),
-        "tokens_per_second": batch / median,
-        "idle_share": None if busy is None else max(0.0, 1 - busy / median),
+        "tokens_per_second": where["batch"] / median,
+        "idle_share": idle_share,
     }
-    idle = "" if busy is None else f", device idle {row['idle_share']:.0%}"
-    context.say(
-        f"    graphs {graphs:<4} {tier:<6} batch {batch:>3}: {median * 1e3:8.2f} ms a step, "
-        f"{batch / median:8,.0f} tokens/s{idle}"
-    )
-    return [row]
 
 
 class _Run:
@@ -166,20 +186,37 @@ class _Run:
         for first in range(0, len(self._new), at_once):
             new = self._new[first : first + at_once]
             parts = [ScheduledSequence(n.sequence_id, 0, len(n.token_ids)) for n in new]
-            self._execute(BatchPlan(0, new=new, scheduled=parts))
+            self._engine.launch(BatchPlan(0, new=new, scheduled=parts))
+            self._collect()
 
-    def step(self) -> float:
-        """One token for each; seconds on the host, which waits for the tokens."""
+    def steps(self, count: int, *, overlaps: bool) -> list[float]:
+        """One token for each, so many times; seconds from the end of a step to that of the next.
+
+        With ``overlaps`` a step is launched before the one before it is waited for.
+        """
+        ahead = MAX_LAUNCHED - 1 if overlaps else 0
+        seconds: list[float] = []
+        num_launched = 0
+        ended = time.perf_counter()
+        for step in range(count):
+            while num_launched < min(count, step + 1 + ahead):
+                self._launch_step()
+                num_launched += 1
+            self._collect()
+            now = time.perf_counter()
+            seconds.append(now - ended)
+            ended = now
+        return seconds
+
+    def _launch_step(self) -> None:
         parts = [
             ScheduledSequence(i, len(p) + self._num_steps, 1) for i, p in enumerate(self._prompts)
         ]
-        started = time.perf_counter()
-        self._execute(BatchPlan(0, scheduled=parts))
+        self._engine.launch(BatchPlan(0, scheduled=parts))
         self._num_steps += 1
-        return time.perf_counter() - started
 
-    def _execute(self, plan: BatchPlan) -> None:
-        result = self._engine.execute(plan)
+    def _collect(self) -> None:
+        result = self._engine.collect()
         if result.failures:
             raise RuntimeError(f"{len(result.failures)} sequences failed: {result.failures[0][1]}")
         for output in result.outputs:
@@ -189,12 +226,11 @@ class _Run:
 def generate(
     engine: ModelEngine, tier: str, prompts: Sequence[list[int]], new_tokens: int
 ) -> tuple[list[list[int]], float]:
-    """Answers of so many tokens each, and the seconds for all of them."""
+    """Answers of so many tokens each, with steps launched ahead, and the seconds for all."""
     run = _Run(engine, tier, prompts, new_tokens)
     started = time.perf_counter()
     run.prefill()
-    for _ in range(new_tokens - 1):
-        run.step()
+    run.steps(new_tokens - 1, overlaps=True)
     seconds = time.perf_counter() - started
     engine.reset()
     return run.answers, seconds
@@ -203,13 +239,11 @@ def generate(
 def _busy_seconds(device: torch.device, run: _Run) -> float | None:
     """What kernels take in a step, by the profiler; None where there is no GPU."""
     if device.type != "cuda":
-        for _ in range(_PROFILED_STEPS):
-            run.step()
+        run.steps(_PROFILED_STEPS, overlaps=False)
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_PROFILED_STEPS):
-            run.step()
+        run.steps(_PROFILED_STEPS, overlaps=False)
     micros = sum(event.self_device_time_total for event in profile.key_averages())
     # A machine may keep its counters to itself.
     return micros * 1e-6 / _PROFILED_STEPS if micros else None

@@ -172,6 +172,7 @@ def _end_to_end(part: dict[str, Any]) -> list[str]:
     steps = [
         [
             row["graphs"],
+            "ahead" if row["overlaps"] else "waited for",
             row["tier"],
             str(row["batch"]),
             f"{row['step_seconds'] * 1e3:.2f} ({row['low_seconds'] * 1e3:.2f} - "
@@ -193,7 +194,7 @@ def _end_to_end(part: dict[str, Any]) -> list[str]:
     ]
     agreement = [f"- {name}: {share:.0%}" for name, share in part["agreement"].items()]
     return [
-        _table(["graphs", "tier", "batch", "ms a step", "tokens/s", "device idle"], steps),
+        _table(["graphs", "steps", "tier", "batch", "ms a step", "tokens/s", "device idle"], steps),
         _table(["engine", "requests", "output tokens", "seconds", "tokens/s"], rates),
         "Tokens equal to those of the first until they part:",
         "\n".join(agreement) or "none compared",

@@ -15,7 +15,14 @@ import torch
 from aptserve_kernels.costs import Gpu
 from aptserve_worker.config import WorkerSettings
 
-from benchmarks.gpu_check import correctness, kernel_times, parts, report, stand_ins
+from benchmarks.gpu_check import (
+    correctness,
+    end_to_end,
+    kernel_times,
+    parts,
+    report,
+    stand_ins,
+)
 from benchmarks.gpu_check.context import Context, Deadline
 from benchmarks.gpu_check.lab import Check, Lab, error_of, num_different
 from benchmarks.gpu_check.parts import Part, has_failed, run_parts
@@ -274,6 +281,17 @@ def test_results_are_named_after_the_device_and_can_be_read(tmp_path: Path) -> N
     assert "OutOfResources" in page
     assert "not run: needs structlog" in page
     assert "- all of it left out" in page
+
+
+def test_steps_launched_ahead_stand_beside_those_waited_for() -> None:
+    where = {"graphs": "auto", "tier": "kv", "batch": 64}
+    steps = [
+        end_to_end._row(make_context(), where, False, [0.014, 0.013, 0.015], 0.012),
+        end_to_end._row(make_context(), where, True, [0.012, 0.0125, 0.011], 0.012),
+    ]
+    page = "\n".join(report._end_to_end({"steps": steps, "throughput": [], "agreement": {}}))
+    assert "| auto | waited for | kv | 64 | 14.00 (13.00 - 15.00) | 4,571 | 14% |" in page
+    assert "| auto | ahead | kv | 64 | 12.00 (11.00 - 12.50) | 5,333 | 0% |" in page
 
 
 def test_settings_of_its_own_are_the_defaults_of_a_worker() -> None:
