@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from aptserve_worker.engine import ModelEngine
 from aptserve_worker.plan import (
     MAX_LAUNCHED,
     BatchPlan,
+    Engine,
     NewSequence,
     Sampling,
     ScheduledSequence,
@@ -27,18 +27,19 @@ Work = BatchPlan | tuple[int, ...]
 """A plan, or sequences to release between plans."""
 
 
-def run_one_by_one(engine: ModelEngine, work: Sequence[Work]) -> list[StepOutput]:
+def run_one_by_one(engine: Engine, work: Sequence[Work]) -> list[StepOutput]:
     """Each plan collected before the next one is launched."""
     outputs = []
     for item in work:
         if isinstance(item, BatchPlan):
-            outputs.append(engine.execute(item))
+            engine.launch(item)
+            outputs.append(engine.collect())
         else:
             engine.release(item)
     return outputs
 
 
-def run_ahead(engine: ModelEngine, work: Sequence[Work]) -> list[StepOutput]:
+def run_ahead(engine: Engine, work: Sequence[Work]) -> list[StepOutput]:
     """Each plan launched before the one before it is collected."""
     outputs, num_launched = [], 0
     for item in work:
@@ -210,7 +211,7 @@ class RandomPlanner:
 
 
 def plan_and_run_ahead(
-    engine: ModelEngine, planner: RandomPlanner, num_steps: int
+    engine: Engine, planner: RandomPlanner, num_steps: int
 ) -> tuple[list[Work], list[StepOutput]]:
     """What was asked of an engine that is always one step ahead of its results, and its answers."""
     work: list[Work] = []

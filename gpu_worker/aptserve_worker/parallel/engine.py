@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -13,7 +14,7 @@ import structlog
 from aptserve_worker.config import WorkerSettings
 from aptserve_worker.exit_codes import EXIT_BROKEN
 from aptserve_worker.parallel.processes import Followers
-from aptserve_worker.plan import BatchPlan, EngineInfo, PlanError, StepOutput
+from aptserve_worker.plan import BatchPlan, EngineInfo, Launched, PlanError, StepOutput
 
 log = structlog.get_logger(__name__)
 
@@ -57,11 +58,33 @@ class ParallelEngine:
         """What to register."""
         return self._engine.info
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether to launch a plan while the one before runs."""
+        return self._engine.overlaps
+
     def execute(self, plan: BatchPlan) -> StepOutput:
-        """Run one iteration on all ranks. Raises :class:`PlanError` for a wrong plan."""
-        self._followers.tell("execute", plan)
+        """Run one iteration by itself. Raises :class:`PlanError`."""
+        self.launch(plan)
+        return self.collect()
+
+    def launch(self, plan: BatchPlan) -> Launched:
+        """Begin one iteration on all ranks. Raises :class:`PlanError` for a wrong plan."""
+        self._followers.tell("launch", plan)
+        with self._together():
+            return self._engine.launch(plan)
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest launched iteration and return its tokens."""
+        self._followers.tell("collect")
+        with self._together():
+            return self._engine.collect()
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What breaks here and nowhere else leaves the others waiting for this rank."""
         try:
-            return self._engine.execute(plan)
+            yield
         except PlanError:
             raise
         except Exception as error:

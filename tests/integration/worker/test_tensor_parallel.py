@@ -13,6 +13,7 @@ from aptserve_worker.config import SettingsError, WorkerSettings, load_settings
 from aptserve_worker.model.probe import UnsupportedModelError
 from aptserve_worker.parallel.engine import ParallelEngine
 from aptserve_worker.plan import BatchPlan, Engine, PlanError, ScheduledSequence, Tier
+from support.ahead import RandomPlanner, assert_same, plan_and_run_ahead, run_one_by_one
 from support.engines import Driver, engine_settings, make_engine
 from support.models import VOCAB, greedy, make_model, save_model
 
@@ -115,6 +116,17 @@ def test_padded_steps_on_triton_kernels(name: str, tmp_path: Path):
     _, alone = play(make_engine(path), (1, 17))
     with ranks(path, **settings, pool_units=100) as engine:
         assert play(engine, (1, 17))[1] == alone
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_random_plans_launched_ahead(name: str, tmp_path: Path):
+    """Chunks, promotions, releases, ends that the next step does not know of."""
+    path = save_model(tmp_path, name)
+    with ranks(path, max_num_seqs=6, overlap="on") as engine:
+        planner = RandomPlanner(3, [t.tier for t in engine.info.tiers], max_num_seqs=6)
+        work, outputs = plan_and_run_ahead(engine, planner, num_steps=80)
+    assert any(output.skipped for output in outputs)
+    assert_same(outputs, run_one_by_one(make_engine(path, max_num_seqs=6), work))
 
 
 def test_8_bit_codes(tmp_path: Path):
