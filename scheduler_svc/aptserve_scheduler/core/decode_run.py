@@ -2,7 +2,7 @@
 
 An iteration that gives each of its requests one more token needs no plan and no answer when both
 sides are the same program. Between two events a worker often decodes the same batch over and over,
-too; a policy that promises so (:meth:`~aptserve_scheduler.policies.base.Policy.repeats`) lets the
+too; a policy that promises so (:meth:`~aptserve_scheduler.policies.base.Policy.horizon`) lets the
 books skip to the end of such a run. They are then as if each iteration had been planned and
 answered by itself.
 """
@@ -33,6 +33,8 @@ class DecodeRun:
     """Cached tokens of each before the first iteration."""
     max_steps: int
     """Iterations for which memory and ``max_tokens`` last without any request ending."""
+    until: float
+    """Time before which those after the first must start; the decision may be another then."""
 
 
 def find_run(
@@ -49,7 +51,8 @@ def find_run(
     num_cached = table.num_computed[slots]
     tiers = table.tier[slots]
     left = int((table.max_total[slots] - num_cached).min()) - 2
-    most = min(left, _MAX_STEPS if policy.repeats(problem, decision) else 1)
+    horizon = policy.horizon(problem, decision)
+    most = int(min(left, _MAX_STEPS, horizon.num_iterations))
     max_steps = _steps_in_memory(worker, num_cached, tiers, most)
     if max_steps < 1:
         return None
@@ -59,6 +62,7 @@ def find_run(
         tiers=tiers,
         num_cached=num_cached,
         max_steps=max_steps,
+        until=horizon.until,
     )
 
 

@@ -31,15 +31,17 @@ import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     BatchProblem,
     Bools,
     Candidates,
     Decision,
     Floats,
+    Horizon,
     Ints,
     Policy,
     Tiers,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.common import (
     Continuation,
@@ -81,10 +83,16 @@ class AptPolicy(Policy):
                 return decision
         return make_room_for_oldest(problem)
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes in KV: a hidden cache may become worth promoting at any time."""
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when all running decode in KV and nobody can start: what is free shrinks.
+
+        A hidden cache may become worth promoting at any time.
+        """
         in_kv = bool((problem.running.tiers == Tier.KV).all())
-        return in_kv and decodes_everyone(problem, decision)
+        if not in_kv or not decodes_all_running(problem, decision):
+            return THIS_ITERATION
+        room = problem.num_free_units - int(HEADROOM * problem.num_units)
+        return THIS_ITERATION if _has_place(problem, room) else Horizon()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,12 +149,18 @@ class _View:
 def _decode_step_seconds(problem: BatchProblem, ready: Ints) -> float:
     """Time of a decode of all that could, by the cost model; always positive."""
     cost, running = problem.cost, problem.running
-    per_cached = np.zeros(_NUM_TIER_NUMBERS)
-    for tier, seconds in cost.seconds_per_cached_token.items():
-        per_cached[tier] = seconds
-    cached = per_cached[running.tiers[ready]] @ running.num_computed_tokens[ready]
+    per_cached = _cached_seconds(problem)[running.tiers[ready]]
+    cached = per_cached @ running.num_computed_tokens[ready]
     per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
     return max(cost.base_seconds + per_sequence * len(ready) + float(cached), 1e-9)
+
+
+def _cached_seconds(problem: BatchProblem) -> Floats:
+    """Seconds per cached token of each tier, by the tier's number."""
+    per_cached = np.zeros(_NUM_TIER_NUMBERS)
+    for tier, seconds in problem.cost.seconds_per_cached_token.items():
+        per_cached[tier] = seconds
+    return per_cached
 
 
 def _extra_seconds(problem: BatchProblem) -> Floats:
@@ -209,12 +223,7 @@ def _choose_waiting(
     waiting = problem.waiting
     seats = problem.max_num_seqs - len(problem.running)
     room = going_on.num_units_left - view.headroom
-    if (
-        not len(waiting)
-        or seats <= 0
-        or not going_on.num_tokens_left
-        or room < _least_units(problem)
-    ):
+    if not going_on.num_tokens_left or not _has_place(problem, room):
         return np.zeros(0, np.int64), np.zeros(0, np.int8)
     offers = _by_size(problem)
     numbers = np.array([tier.tier for tier in offers], np.int8)
@@ -239,10 +248,12 @@ def _choose_waiting(
     return chosen, numbers[choice[chosen]]
 
 
-def _least_units(problem: BatchProblem) -> int:
-    """What the shortest of the waiting takes with its first token, in the smallest tier."""
+def _has_place(problem: BatchProblem, room: int) -> bool:
+    """Whether the shortest of the waiting could start in so many units, in the smallest tier."""
+    if not len(problem.waiting) or len(problem.running) >= problem.max_num_seqs:
+        return False
     num_blocks = (int(problem.waiting.num_tokens.min()) + problem.block_size) // problem.block_size
-    return num_blocks * min(tier.units_per_block for tier in problem.tiers)
+    return num_blocks * min(tier.units_per_block for tier in problem.tiers) <= room
 
 
 def _by_size(problem: BatchProblem) -> list[TierSpec]:
@@ -279,6 +290,47 @@ def _decode(problem: BatchProblem, view: _View, solver: Solver) -> Decision | No
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Hidden:
+    """Those of the ready that are hidden and would fit the pool in KV; parallel arrays."""
+
+    entries: Ints
+    """Entries of ``ready``."""
+    more_units: Ints
+    """What being promoted takes beyond what the next token does."""
+    cost: Floats
+    """U * rho * m: what staying hidden takes off the value."""
+
+    @classmethod
+    def of(cls, problem: BatchProblem, view: _View) -> _Hidden:
+        running, kv = problem.running, problem.tiers[0]
+        entries = indices(running.tiers[view.ready] == Tier.HIDDEN)
+        if len(entries):
+            entries = entries[problem.fits_pool(running, kv)[view.ready[entries]]]
+        num_cached = running.num_computed_tokens[view.ready[entries]]
+        in_kv = problem.num_blocks(num_cached + 1) * kv.units_per_block
+        extra: Floats = _extra_seconds(problem)[Tier.HIDDEN] * num_cached
+        num_hurt = len(problem.waiting) + len(running)
+        return cls(
+            entries=entries,
+            more_units=in_kv - view.next_units[entries],
+            cost=num_hurt * extra,
+        )
+
+    def lack(self, spare: int) -> bool:
+        """Whether so many units are too few to promote any of them."""
+        return not len(self.entries) or int(self.more_units.min()) > spare
+
+    def are_worth(self, pending: Floats) -> Bools:
+        """[n] over all the ready, with their pending time: whose value as he is is positive.
+
+        That of the others is, as nothing is taken off it.
+        """
+        worth = np.ones(len(pending), np.bool_)
+        worth[self.entries] = pending[self.entries] > self.cost
+        return worth
+
+
 def _choose_running(
     problem: BatchProblem, view: _View, room: int, solver: Solver
 ) -> tuple[Bools, Tiers, int]:
@@ -287,23 +339,32 @@ def _choose_running(
     Two options each: the tier held, and for hidden ones KV.
     """
     running, ready = problem.running, view.ready
-    held, num_cached = running.tiers[ready], running.num_computed_tokens[ready]
-    may_promote = (held == Tier.HIDDEN) & problem.fits_pool(running, problem.tiers[0])[ready]
+    held = running.tiers[ready]
+    pending = np.maximum(running.pending_seconds[ready], view.least_pending_seconds)
+    seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
+    spare = max(0, room - int(view.next_units.sum()) - view.headroom)
+    hidden = _Hidden.of(problem, view)
+    if hidden.lack(spare):
+        worth = hidden.are_worth(pending)
+        num_needed = int(view.next_units[worth].sum())
+        if num_needed <= room and 0 < np.count_nonzero(worth) <= seats:
+            # All of them fit in the only tier that is left to each.
+            return worth, held[worth], num_needed
+
     tiers, offered = held[None], np.ones((1, len(ready)), np.bool_)
     num_units = view.next_units[None]
-    if may_promote.any():
+    num_cached = running.num_computed_tokens[ready]
+    if len(hidden.entries):
         in_kv = np.full_like(held, Tier.KV)
         tiers = np.stack([held, in_kv])
-        offered = np.stack([offered[0], may_promote])
+        offered = np.stack([offered[0], np.zeros_like(offered[0])])
+        offered[1, hidden.entries] = True
         num_units = np.stack([num_units[0], problem.num_units_for(num_cached + 1, in_kv)])
-    pending = np.maximum(running.pending_seconds[ready], view.least_pending_seconds)
     extra = _extra_seconds(problem)[tiers] * num_cached
     values = _values(problem, pending, running.missed[ready], extra, offered)
 
     one_seat = np.broadcast_to(np.ones((), np.int64), values.shape)
     needs = (num_units, one_seat, num_units - num_units[0])
-    seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
-    spare = max(0, room - int(num_units[0].sum()) - view.headroom)
     choice = solver(Knapsack(values, needs, (room, seats, spare)))
     if (choice == NOT_CHOSEN).all():
         # Hidden caches that are not worth their time and cannot be promoted: better slow than not.

@@ -78,11 +78,13 @@ import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     Arrival,
     BatchProblem,
     Bools,
     Decision,
     Floats,
+    Horizon,
     Ints,
     Policy,
     Tiers,
@@ -157,10 +159,11 @@ class AptSloPolicy(Policy):
         """One mixed batch."""
         return _Round(problem, self.config, self._history).decide()
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
         """When everyone decodes in KV: a hidden cache may become worth promoting at any time."""
         in_kv = bool((problem.running.tiers == Tier.KV).all())
-        return in_kv and decodes_everyone(problem, decision)
+        holds = in_kv and decodes_everyone(problem, decision)
+        return Horizon() if holds else THIS_ITERATION
 
     def arrived(self, arrival: Arrival) -> None:
         """Note the size of its prompt."""

@@ -8,6 +8,7 @@ tenants used, how long answers turned out) learns it from the core through the m
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -169,6 +170,24 @@ class Service:
     now: float
 
 
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """How far ahead a policy knows that it will decide as it just did.
+
+    It speaks of the iterations that follow while nothing happens but time passing: nobody arrives
+    or ends, no guess of the cost changes, and the growing caches fit what is free now.
+    """
+
+    num_iterations: float = math.inf
+    """The one decided for and those that follow it with the same decision."""
+    until: float = math.inf
+    """Those that follow must be decided for before this time."""
+
+
+THIS_ITERATION = Horizon(num_iterations=1)
+"""The next decision may be another."""
+
+
 class Policy(ABC):
     """A rule that composes batches."""
 
@@ -193,14 +212,13 @@ class Policy(ABC):
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Compose a batch; ``None`` when nothing can run before a result comes back."""
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """Whether the policy would go on deciding so if nothing happened but time passing.
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """How long the policy would go on deciding so if nothing happened but time passing.
 
-        Asked about a decision that computes one token for each chosen request. True promises the
-        same choice for the problems that follow while nobody arrives or ends, no guess of the
-        cost changes, and the growing caches fit what is free now. A simulator skips ahead by it.
+        Asked about its own latest decision, one that computes a token for each chosen request,
+        none of which changes its tier. A simulator skips ahead by the answer.
         """
-        return False
+        return THIS_ITERATION
 
     def arrived(self, arrival: Arrival) -> None:  # noqa: B027 - most policies need no history
         """A request was accepted."""
@@ -218,7 +236,7 @@ class Policy(ABC):
 def decodes_everyone(problem: BatchProblem, decision: Decision) -> bool:
     """Whether nobody waits and each running request is chosen for one token, as it is.
 
-    What :meth:`Policy.repeats` comes down to for most policies.
+    Most policies then have nothing left to decide.
     """
     return not len(problem.waiting) and decodes_all_running(problem, decision)
 
@@ -226,7 +244,7 @@ def decodes_everyone(problem: BatchProblem, decision: Decision) -> bool:
 def decodes_all_running(problem: BatchProblem, decision: Decision) -> bool:
     """Whether each running request is chosen for one token, as it is, whoever waits.
 
-    Enough for a policy that admits by order of arrival and memory alone: who does not fit now
+    A policy that admits by order of arrival and memory alone repeats that: who does not fit now
     will not while the others grow.
     """
     running = problem.running

@@ -30,8 +30,10 @@ import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     BatchProblem,
     Decision,
+    Horizon,
     Ints,
     Policy,
     decodes_all_running,
@@ -69,9 +71,9 @@ class ChunkedPolicy(Policy):
         in_arrival_order = np.arange(min(len(problem.waiting), problem.max_num_seqs))
         return chunked_batch(problem, in_arrival_order, self.config.token_budget)
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When all running decode: who waits does not fit, and what is free only shrinks."""
-        return decodes_all_running(problem, decision)
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when all running decode: who waits does not fit, and what is free shrinks."""
+        return Horizon() if decodes_all_running(problem, decision) else THIS_ITERATION
 
 
 def chunked_batch(problem: BatchProblem, candidates: Ints, token_budget: int) -> Decision | None:

@@ -15,7 +15,14 @@ from __future__ import annotations
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
-from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, decodes_all_running
+from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
+    BatchProblem,
+    Decision,
+    Horizon,
+    Policy,
+    decodes_all_running,
+)
 from aptserve_scheduler.policies.common import continue_prefills, indices, make_room_for_oldest
 
 WATERMARK = 0.01
@@ -35,9 +42,9 @@ class FcfsPolicy(Policy):
         """Prefill if anything can be, else decode, else make room."""
         return _prefill(problem) or _decode(problem) or make_room_for_oldest(problem)
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When all running decode: who waits does not fit, and what is free only shrinks."""
-        return decodes_all_running(problem, decision)
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when all running decode: who waits does not fit, and what is free shrinks."""
+        return Horizon() if decodes_all_running(problem, decision) else THIS_ITERATION
 
 
 def _prefill(problem: BatchProblem) -> Decision | None:

@@ -35,12 +35,14 @@ import numpy as np
 
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     Arrival,
     BatchProblem,
     Bools,
     Candidates,
     Decision,
     Floats,
+    Horizon,
     Ints,
     Policy,
     Service,
@@ -106,9 +108,9 @@ class MlfqPolicy(Policy):
             problem, self._queue[problem.running.slots], self._queue[problem.waiting.slots]
         )
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes: queues then decide about the order in the batch alone."""
-        return decodes_everyone(problem, decision)
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when everyone decodes: queues then decide about the batch\'s order alone."""
+        return Horizon() if decodes_everyone(problem, decision) else THIS_ITERATION
 
     def arrived(self, arrival: Arrival) -> None:
         """It joins a queue when it is first seen beside a worker, whose speed decides which."""

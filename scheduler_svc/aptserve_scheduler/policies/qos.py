@@ -44,15 +44,17 @@ import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     Arrival,
     BatchProblem,
     Bools,
     Candidates,
     Decision,
     Floats,
+    Horizon,
     Ints,
     Policy,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.chunked import shares
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
@@ -61,6 +63,8 @@ from aptserve_scheduler.policies.prediction import reaching
 from aptserve_scheduler.policies.slack import Pace, prompt_seconds
 
 _NEVER = np.inf
+_ROUNDING_SECONDS = 1e-6
+"""Keys closer than this may change places when they are computed at another time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +140,33 @@ class QosPolicy(Policy):
             ),
         )
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes: slack only matters to prompts."""
-        return decodes_everyone(problem, decision)
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """As long as all running decode and the first in line lacks memory: it gets no more.
+
+        All keys fall alike with time, so it stays the first until one of the relegated counts like
+        the others again. Slack only matters to prompts.
+        """
+        waiting = problem.waiting
+        if not decodes_all_running(problem, decision):
+            return THIS_ITERATION
+        if not len(waiting):
+            return Horizon()
+        is_relegated = self._is_relegated(waiting, problem.now)
+        if self._num_more(problem, is_relegated) > 0 and self._may_be_relegated(waiting).any():
+            return THIS_ITERATION
+        memory = _Memory.of(problem)
+        if memory.num_seats:
+            keys = self._keys(problem, waiting)
+            if not is_relegated.all():
+                keys[is_relegated] = _NEVER
+            may_be_first = keys <= keys.min() + _ROUNDING_SECONDS
+            shortest = waiting.num_tokens[may_be_first].min(keepdims=True)
+            if problem.num_blocks(shortest)[0] * problem.tiers[0].units_per_block <= (
+                memory.num_unpromised
+            ):
+                return THIS_ITERATION
+        ends = self._relegated_at[waiting.slots[is_relegated]] + self.config.relegated_seconds
+        return Horizon(until=float(ends.min(initial=_NEVER)))
 
     def arrived(self, arrival: Arrival) -> None:
         """Nobody arrives relegated."""
@@ -164,8 +192,7 @@ class QosPolicy(Policy):
         self._relegated_at = reaching(self._relegated_at, int(waiting.slots.max()))
         is_relegated = self._is_relegated(waiting, problem.now)
         num_relegated = int(np.count_nonzero(is_relegated))
-        num_live = len(waiting) + len(problem.running)
-        num_more = int(self.config.relegated_share * num_live) - num_relegated
+        num_more = self._num_more(problem, is_relegated)
         if num_more <= 0:
             return num_relegated
         work, left = _work(problem, waiting), _seconds_left(waiting)
@@ -174,11 +201,22 @@ class QosPolicy(Policy):
         stretch = pace.stretch(problem.cost, self.config.least_tokens, most)
         through_in = np.empty(len(order))
         through_in[order] = np.cumsum(work[order]) * stretch
-        may_be = np.isinf(self._relegated_at[waiting.slots]) & (waiting.num_output_tokens == 0)
-        late = indices(may_be & (through_in > left))
+        late = indices(self._may_be_relegated(waiting) & (through_in > left))
         worst = np.lexsort((-work[late], left[late] > 0, waiting.priorities[late]))[:num_more]
         self._relegated_at[waiting.slots[late[worst]]] = problem.now
         return num_relegated + len(worst)
+
+    def _num_more(self, problem: BatchProblem, is_relegated: Bools) -> int:
+        """How many more of the live may be relegated; ``is_relegated`` [n] over the waiting."""
+        num_live = len(problem.waiting) + len(problem.running)
+        most = int(self.config.relegated_share * num_live)
+        return most - int(np.count_nonzero(is_relegated))
+
+    def _may_be_relegated(self, waiting: Candidates) -> Bools:
+        """[n] who lacks the first token and never was relegated."""
+        never_was = np.isinf(self._relegated_at[waiting.slots])
+        may_be: Bools = never_was & (waiting.num_output_tokens == 0)
+        return may_be
 
     def _line_up(self, problem: BatchProblem, memory: _Memory) -> tuple[Ints, Ints]:
         """Rows of running prompts, then of waiting ones, and the order of all of them."""

@@ -41,11 +41,13 @@ import numpy as np
 
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     Arrival,
     BatchProblem,
     Candidates,
     Decision,
     Floats,
+    Horizon,
     Ints,
     Policy,
     decodes_everyone,
@@ -111,9 +113,9 @@ class SrtfPolicy(Policy):
             self._levels(problem.waiting, problem.cost),
         )
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes: levels then decide about the order in the batch alone."""
-        return decodes_everyone(problem, decision)
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when everyone decodes: levels then decide about the batch\'s order alone."""
+        return Horizon() if decodes_everyone(problem, decision) else THIS_ITERATION
 
     def arrived(self, arrival: Arrival) -> None:
         """Draw the error of its prediction, or note the size of its prompt."""

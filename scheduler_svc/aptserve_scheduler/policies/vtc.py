@@ -30,13 +30,15 @@ import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     Arrival,
     BatchProblem,
     Decision,
+    Horizon,
     Ints,
     Policy,
     Service,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.chunked import chunked_batch
 from aptserve_scheduler.policies.prediction import reaching
@@ -97,9 +99,18 @@ class VtcPolicy(Policy):
             self._waits[decision.preempted] = True
         return decision
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes."""
-        return decodes_everyone(problem, decision)
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when all running decode, whoever's turn it becomes by the tokens they get."""
+        if not decodes_all_running(problem, decision):
+            return THIS_ITERATION
+        waiting = problem.waiting
+        heads = np.unique(self._tenant[waiting.slots], return_index=True)[1]
+        if len(heads) > 1:
+            shortest = heads[[np.argmin(waiting.num_tokens[heads])]]
+            beside = chunked_batch(problem, shortest, self.config.token_budget)
+            if beside is None or len(beside.slots) > len(problem.running):
+                return THIS_ITERATION
+        return Horizon()
 
     def arrived(self, arrival: Arrival) -> None:
         """A tenant that was not waiting starts to, and is lifted."""

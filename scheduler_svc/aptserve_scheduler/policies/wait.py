@@ -36,15 +36,17 @@ import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
+    THIS_ITERATION,
     Arrival,
     BatchProblem,
     Bools,
     Candidates,
     Decision,
     Floats,
+    Horizon,
     Ints,
     Policy,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.chunked import chunked_batch
 from aptserve_scheduler.policies.common import indices
@@ -123,15 +125,20 @@ class WaitPolicy(Policy):
             decision, reason=f"{decision.reason}; {num_held} are held back, {num_paused} pause"
         )
 
-    def repeats(self, problem: BatchProblem, decision: Decision) -> bool:
-        """When everyone decodes and no gate that anyone will reach can make him pause."""
-        if not decodes_everyone(problem, decision):
-            return False
+    def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
+        """Without end when all running decode and nothing is left to be let go.
+
+        That is, nobody is held back, and no gate that anyone will reach can make him pause.
+        """
+        is_held = not self._let_go[problem.waiting.slots].all()
+        if is_held or not decodes_all_running(problem, decision):
+            return THIS_ITERATION
         running = problem.running
         unknown = is_unknown(self._class[running.slots])
         _, passing = self._flow.thresholds(problem)  # those of the only worker, the highest
         last = GATES[passing > 1].max(initial=0)
-        return not bool((unknown & (running.num_tokens - running.num_prompt_tokens <= last)).any())
+        may_pause = unknown & (running.num_tokens - running.num_prompt_tokens <= last)
+        return THIS_ITERATION if may_pause.any() else Horizon()
 
     def arrived(self, arrival: Arrival) -> None:
         """Count it, and hold it back."""

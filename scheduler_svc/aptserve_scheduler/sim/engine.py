@@ -256,6 +256,8 @@ class _Simulation:
     def _skip(self, worker_id: WorkerId, worker: _Worker, run: DecodeRun, now: float) -> bool:
         """Enter a run up to the iteration in which somebody arrives, or before somebody ends.
 
+        It ends earlier where the policy may decide otherwise.
+
         False, and nothing done, if the very first iteration ends a request.
         """
         indices = [int(request_id) for request_id in run.request_ids]
@@ -265,7 +267,8 @@ class _Simulation:
         seconds = self._run_seconds(worker.sim, run, min(run.max_steps, left))
         # Summed one by one, as if each iteration had been an event of its own.
         starts = np.cumsum(np.concatenate([[now], seconds]))
-        num_steps = max(1, int(np.searchsorted(starts[:-1], self._arrival_time())))
+        last_start = min(self._arrival_time(), run.until)
+        num_steps = max(1, int(np.searchsorted(starts[:-1], last_start)))
         ends = starts[1 : num_steps + 1]
         self._scheduler.enter_run(worker_id, run, ends, now)
         for index in indices:

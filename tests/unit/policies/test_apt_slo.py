@@ -8,6 +8,7 @@ import pytest
 from aptserve_scheduler.core import CostCoefficients, Tier
 from aptserve_scheduler.policies import BatchProblem, Decision
 from aptserve_scheduler.policies.apt_slo import AptSloConfig, AptSloPolicy
+from aptserve_scheduler.policies.base import THIS_ITERATION, Horizon
 from support.problems import Row, make_problem
 from support.scheduler import HIDDEN, KV, make_cost
 
@@ -279,7 +280,8 @@ def test_it_repeats_itself_while_everyone_decodes_in_kv() -> None:
         problem = make_problem(rows, queue, tiers=(KV, HIDDEN))
         decision = policy.decide(problem)
         assert decision is not None
-        assert policy.repeats(problem, decision) is expected
+        horizon = policy.horizon(problem, decision)
+        assert horizon == (Horizon() if expected else THIS_ITERATION)
 
 
 @pytest.mark.parametrize(

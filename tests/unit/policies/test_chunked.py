@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from aptserve_scheduler.core import Tier
 from aptserve_scheduler.policies import Decision
+from aptserve_scheduler.policies.base import THIS_ITERATION, Horizon
 from aptserve_scheduler.policies.chunked import ChunkedConfig, ChunkedPolicy, shares
 from support.problems import Row, make_problem
 from support.scheduler import expected_tokens, make_request, make_rig, run_until_idle
@@ -104,7 +105,7 @@ def test_the_last_resort_keeps_to_the_budget() -> None:
     assert chosen(decision) == {0: 1}
 
 
-def test_repeats_while_everyone_decodes() -> None:
+def test_it_repeats_itself_while_everyone_decodes() -> None:
     policy = ChunkedPolicy()
     for running, waiting, repeats in (
         ([DECODE, DECODE], [], True),
@@ -114,7 +115,8 @@ def test_repeats_while_everyone_decodes() -> None:
         problem = make_problem(running, waiting, **WIDE)
         decision = policy.decide(problem)
         assert decision is not None
-        assert policy.repeats(problem, decision) == repeats
+        expected = Horizon() if repeats else THIS_ITERATION
+        assert policy.horizon(problem, decision) == expected
 
 
 @pytest.mark.parametrize("num_units", [12, 24, 60])

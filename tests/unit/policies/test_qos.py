@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from aptserve_scheduler.core import CostCoefficients, Tier
 from aptserve_scheduler.policies import Decision, create_policy
-from aptserve_scheduler.policies.base import Arrival
+from aptserve_scheduler.policies.base import THIS_ITERATION, Arrival, Horizon
 from aptserve_scheduler.policies.qos import QosConfig, QosPolicy
 from aptserve_scheduler.policies.slack import Pace
 from support.problems import Row, make_problem
@@ -233,3 +233,45 @@ def test_overload_delays_the_relegated_but_serves_everyone() -> None:
 def test_bad_settings_name_their_field(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         QosConfig(**{field: value})  # type: ignore[arg-type]
+
+
+# Runs of decodes
+
+
+def horizon(
+    waiting: list[Row], *, num_free: int, policy: QosPolicy | None = None, now: float = 1.0
+) -> Horizon:
+    """After a decision for one decode beside these, with so many units free for new requests."""
+    policy = policy or make_policy(relegated_share=0.0)
+    # The decode grows to 10 units.
+    problem = make_problem([decode()], waiting, **{**WIDE, "num_units": num_free + 10, "now": now})
+    decision = policy.decide(problem)
+    assert decision is not None
+    return policy.horizon(problem, decision)
+
+
+def test_it_repeats_itself_while_the_first_in_line_lacks_memory() -> None:
+    assert horizon([], num_free=0) == Horizon()
+    assert horizon([prompt(20, left=1.0), prompt(30)], num_free=39) == Horizon()
+    assert horizon([prompt(20, left=1.0), prompt(30)], num_free=40) == THIS_ITERATION
+    # A shorter one further back does not overtake it.
+    assert horizon([prompt(20, left=1.0), prompt(2)], num_free=39) == Horizon()
+
+
+def test_requests_that_rank_alike_may_change_places() -> None:
+    """The earlier one does not fit, but rounding may put the later one first another time."""
+    longer, shorter = prompt(20, left=5.0), prompt(10, left=5.1)
+    policy = make_policy(alpha=0.5, relegated_share=0.0)
+    assert horizon([longer, shorter], num_free=39, policy=policy) == THIS_ITERATION
+    assert horizon([longer, prompt(10, left=5.2)], num_free=39, policy=policy) == Horizon()
+
+
+def test_it_repeats_itself_until_somebody_counts_like_the_others_again() -> None:
+    policy = make_policy(relegated_share=0.5, relegated_seconds=60.0)
+    late = prompt(30, left=0.1)
+    assert horizon([late, prompt(20)], num_free=39, policy=policy, now=3.0) == Horizon(until=63.0)
+
+
+def test_it_looks_again_while_somebody_may_yet_be_relegated() -> None:
+    policy = make_policy(relegated_share=1.0)
+    assert horizon([prompt(30)], num_free=39, policy=policy) == THIS_ITERATION

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from aptserve_scheduler.core import CostCoefficients, Tier
 from aptserve_scheduler.policies import BatchProblem, Decision
-from aptserve_scheduler.policies.base import Arrival
+from aptserve_scheduler.policies.base import THIS_ITERATION, Arrival, Horizon
 from aptserve_scheduler.policies.flow import Flow, class_of
 from aptserve_scheduler.policies.wait import GATES, WaitConfig, WaitPolicy
 from support.problems import Row, make_problem
@@ -202,7 +202,8 @@ def test_a_run_never_passes_a_gate_that_may_be_shut(
     problem = make_problem([at_gate(num_output=num_output)] * 2, **WIDE)
     decision = requests.policy.decide(problem)
     assert decision is not None
-    assert requests.policy.repeats(problem, decision) is repeats
+    horizon = requests.policy.horizon(problem, decision)
+    assert horizon == (Horizon() if repeats else THIS_ITERATION)
 
 
 # Thresholds

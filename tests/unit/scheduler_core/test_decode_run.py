@@ -63,8 +63,9 @@ def play(
         plan = (scheduler.plan_or_run if in_runs else scheduler.plan)(WORKER, now)
         scheduler.check_integrity()
         if isinstance(plan, DecodeRun):
-            until = int(np.ceil((pending[0][0] - now) / STEP)) if pending else plan.max_steps
-            num_steps = min(plan.max_steps, max(until, 1))
+            until = min(plan.until, pending[0][0] if pending else np.inf)
+            most = max(np.ceil((until - now) / STEP), 1)
+            num_steps = int(min(plan.max_steps, most))
             scheduler.enter_run(WORKER, plan, now + STEP * np.arange(1, num_steps + 1), now)
             for request_id in plan.request_ids:
                 known[request_id] += num_steps
@@ -82,13 +83,14 @@ def play(
 
 
 @pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("gaps", [(0.0, 0.25, 2.0), (0.0, 0.05, 0.15)], ids=["idle", "crowded"])
 @pytest.mark.parametrize("seed", range(4))
-def test_runs_change_nothing(policy: str, seed: int) -> None:
+def test_runs_change_nothing(policy: str, gaps: tuple[float, ...], seed: int) -> None:
     rng = random.Random(seed)
     arrivals = []
     at = 0.0
     for index in range(25):
-        at += rng.choice((0.0, 0.25, 2.0))
+        at += rng.choice(gaps)
         spec = make_request(
             f"r{index}", prompt_len=rng.randint(1, 70), max_tokens=rng.randint(1, 40), ttft=0.1
         )
