@@ -80,20 +80,16 @@ def _is_plain(state: State, worker: WorkerState, decision: Decision) -> bool:
 
 def _steps_in_memory(worker: WorkerState, num_cached: Ints, tiers: Tiers, most: int) -> int:
     """Largest number of steps, at most ``most``, after which all caches fit the pool."""
-    ledger = worker.ledger
-    held = int(ledger.units_for(num_cached, tiers).sum())
-
-    def fits(steps: int) -> bool:
-        after = int(ledger.units_for(num_cached + steps, tiers).sum())
-        return after - held <= ledger.num_free
-
-    if most < 1 or fits(most):
+    block_size = worker.spec.block_size
+    units = worker.ledger.units_per_block(tiers)
+    # In block_size steps every cache takes exactly one block more, each at a step of its own.
+    num_rounds, num_left = divmod(worker.ledger.num_free, int(units.sum()))
+    if num_rounds * block_size >= most:
         return most
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    grows_at = -num_cached % block_size + 1
+    order = grows_at.argsort()
+    first_unfit = int(units[order].cumsum().searchsorted(num_left, side="right"))
+    return min(most, num_rounds * block_size + int(grows_at[order[first_unfit]]) - 1)
 
 
 def enter_run(
@@ -131,17 +127,18 @@ def _note_gaps(state: State, slots: Ints, ends: Floats) -> None:
     table = state.table
     num_steps = len(ends)
     first_gaps = ends[0] - table.pending_since[slots]
-    later_gaps = np.diff(ends)
+    later_gaps = ends[1:] - ends[:-1]
     objective = table.tbt_objective[slots]
-    num_slow = (first_gaps > objective) + (later_gaps[None] > objective[:, None]).sum(axis=1)
+    num_slow = (first_gaps > objective).astype(np.int64)
+    if num_steps > 1 and later_gaps.max() > objective.min():
+        num_slow += (later_gaps[None] > objective[:, None]).sum(axis=1)
     table.num_gaps[slots] += num_steps
     table.num_slow_gaps[slots] += num_slow
     table.judge(slots)
     table.pending_since[slots] = ends[-1]
-    later = later_gaps.tolist()
+    gaps = [0.0, *later_gaps.tolist()]
     new_tokens = [0] * num_steps
-    for slot, first in zip(slots.tolist(), first_gaps.tolist(), strict=True):
+    for slot, gaps[0] in zip(slots.tolist(), first_gaps.tolist(), strict=True):
         request = table.request(slot)
-        request.gap_seconds.append(first)
-        request.gap_seconds.extend(later)
-        request.output_token_ids.extend(new_tokens)
+        request.gap_seconds += gaps
+        request.output_token_ids += new_tokens

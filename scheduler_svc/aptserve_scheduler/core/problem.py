@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import numpy as np
 
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Ints, RequestTable
+from aptserve_scheduler.core.table import Bools, Floats, Ints, RequestTable, Tiers
 from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import BatchProblem, Candidates
+
+_Values = TypeVar("_Values")
 
 
 def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem:
@@ -33,33 +38,99 @@ def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         cost=worker.cost.coefficients,
-        waiting=_candidates(table, waiting, now),
-        running=_candidates(table, worker.running.slots.copy(), now),
+        waiting=_TableCandidates(table, waiting, now),
+        running=_TableCandidates(table, worker.running.slots.copy(), now),
     )
 
 
-def _candidates(table: RequestTable, slots: Ints, now: float) -> Candidates:
-    pending = np.maximum(now - table.pending_since[slots], 0.0)
-    num_tokens = table.num_tokens(slots)
-    max_total = table.max_total[slots]
-    miss_after = table.miss_after[slots]
-    num_prompt = table.num_prompt[slots]
-    return Candidates(
-        slots=slots,
-        pending_seconds=pending,
-        num_tokens=num_tokens,
-        num_computed_tokens=table.num_computed[slots],
-        max_num_tokens=max_total,
-        num_units=table.units[slots],
-        tiers=table.tier[slots],
-        schedulable=num_tokens < max_total,
-        miss_after_seconds=miss_after,
-        missed=pending > miss_after,
-        ttft_seconds=table.ttft_objective[slots],
-        tbt_seconds=table.tbt_objective[slots],
-        age_seconds=now - table.arrival[slots],
-        num_prompt_tokens=num_prompt,
-        num_output_tokens=table.num_known[slots] - num_prompt,
-        priorities=table.priority[slots],
-        expected_output_tokens=table.expected_output[slots],
-    )
+class _column(Generic[_Values]):  # noqa: N801 - a decorator
+    """A property that is computed once. :func:`functools.cached_property` takes a lock until 3.12,
+    which takes longer than gathering a column does."""
+
+    def __init__(self, gather: Callable[[_TableCandidates], _Values]) -> None:
+        self._gather = gather
+        self._name = gather.__name__
+
+    def __get__(self, candidates: _TableCandidates, owner: type[_TableCandidates]) -> _Values:
+        values = candidates.__dict__[self._name] = self._gather(candidates)
+        return values
+
+
+class _TableCandidates(Candidates):
+    """Requests of the table; a column is gathered when a policy reads it for the first time.
+
+    Most policies need half of the columns, or less. None may be read once the table has changed.
+    """
+
+    def __init__(self, table: RequestTable, slots: Ints, now: float) -> None:
+        object.__setattr__(self, "slots", slots)
+        self.__dict__["_table"] = table
+        self.__dict__["_now"] = now
+
+    _table: RequestTable
+    _now: float
+
+    @_column
+    def pending_seconds(self) -> Floats:
+        pending: Floats = np.maximum(self._now - self._table.pending_since[self.slots], 0.0)
+        return pending
+
+    @_column
+    def num_tokens(self) -> Ints:
+        return self._table.num_tokens(self.slots)
+
+    @_column
+    def num_computed_tokens(self) -> Ints:
+        return self._table.num_computed[self.slots]
+
+    @_column
+    def max_num_tokens(self) -> Ints:
+        return self._table.max_total[self.slots]
+
+    @_column
+    def num_units(self) -> Ints:
+        return self._table.units[self.slots]
+
+    @_column
+    def tiers(self) -> Tiers:
+        return self._table.tier[self.slots]
+
+    @_column
+    def schedulable(self) -> Bools:
+        return self.num_tokens < self.max_num_tokens
+
+    @_column
+    def miss_after_seconds(self) -> Floats:
+        return self._table.miss_after[self.slots]
+
+    @_column
+    def missed(self) -> Bools:
+        return self.pending_seconds > self.miss_after_seconds
+
+    @_column
+    def ttft_seconds(self) -> Floats:
+        return self._table.ttft_objective[self.slots]
+
+    @_column
+    def tbt_seconds(self) -> Floats:
+        return self._table.tbt_objective[self.slots]
+
+    @_column
+    def age_seconds(self) -> Floats:
+        return self._now - self._table.arrival[self.slots]
+
+    @_column
+    def num_prompt_tokens(self) -> Ints:
+        return self._table.num_prompt[self.slots]
+
+    @_column
+    def num_output_tokens(self) -> Ints:
+        return self._table.num_known[self.slots] - self.num_prompt_tokens
+
+    @_column
+    def priorities(self) -> Ints:
+        return self._table.priority[self.slots]
+
+    @_column
+    def expected_output_tokens(self) -> Ints:
+        return self._table.expected_output[self.slots]

@@ -208,9 +208,10 @@ class RequestTable:
         A late first token is missed for good. The P99 of the gaps is judged as it stands: nearest
         rank leaves floor(n / 100) of n gaps above it.
         """
-        num_slow, num_gaps = self.num_slow_gaps[slots], self.num_gaps[slots]
-        is_late = self.missed_ttft[slots] | (num_slow * 100 > num_gaps)
-        may_be_slow_once_more = (num_slow + 1) * 100 <= num_gaps + 1
+        num_to_spare = self.num_gaps[slots] - 100 * self.num_slow_gaps[slots]
+        is_late = self.missed_ttft[slots] | (num_to_spare < 0)
+        # One more gap, a slow one: 100 * (num_slow + 1) <= num_gaps + 1.
+        may_be_slow_once_more = num_to_spare >= 99
         limit = np.where(may_be_slow_once_more, np.inf, self.tbt_objective[slots])
         self.miss_after[slots] = np.where(is_late, -1.0, limit)
 

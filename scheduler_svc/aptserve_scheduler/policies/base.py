@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +71,11 @@ class Candidates:
     def num_remaining_tokens(self) -> Ints:
         """Tokens to compute until the next one is sampled; at least 1."""
         return self.num_tokens - self.num_computed_tokens
+
+    def with_schedulable(self, schedulable: Bools) -> Candidates:
+        """The same requests, but for who of them could be scheduled."""
+        columns = {column.name: getattr(self, column.name) for column in fields(Candidates)}
+        return Candidates(**{**columns, "schedulable": schedulable})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

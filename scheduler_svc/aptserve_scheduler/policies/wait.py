@@ -112,7 +112,7 @@ class WaitPolicy(Policy):
         pauses = self._paused(running, passing)
         num_held, num_paused = len(problem.waiting) - len(free), int(np.count_nonzero(pauses))
         # To whoever composes the batch, a paused request is like one whose end is in flight.
-        rest = replace(problem, running=replace(running, schedulable=running.schedulable & ~pauses))
+        rest = replace(problem, running=running.with_schedulable(running.schedulable & ~pauses))
         budget = problem.max_num_batched_tokens
         decision = chunked_batch(rest, free, budget)
         if decision is None:

@@ -8,6 +8,7 @@ the estimate that the worker advertised.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from aptserve_scheduler.core import (
     SequenceId,
     SequenceOutput,
     StepResult,
+    Tier,
     WorkerId,
 )
 from aptserve_scheduler.policies import Policy, create_policy
@@ -40,6 +42,7 @@ from aptserve_scheduler.sim.worker import SimWorker
 _NUM_SAMPLES = 400
 """Samples of the timeline over the arrivals; what comes after them adds more."""
 _PROGRESS_EVENTS = 64
+_NUM_TIER_NUMBERS = max(Tier) + 1
 _TOKEN = (0,)
 
 
@@ -169,12 +172,12 @@ class _Simulation:
 
     def _arrival_time(self) -> float:
         if self._next_arrival == len(self._arrivals):
-            return np.inf
+            return math.inf
         return self._arrivals[self._next_arrival]
 
     def _next_event(self) -> float:
-        now = min(self._arrival_time(), self._due[0][0] if self._due else np.inf)
-        if not np.isfinite(now):
+        now = min(self._arrival_time(), self._due[0][0] if self._due else math.inf)
+        if math.isinf(now):
             waiting = len(self._trace) - self._num_ended
             raise RuntimeError(
                 f"policy {self._policy.name} leaves {waiting} requests without service for ever"
@@ -266,10 +269,11 @@ class _Simulation:
             return False
         seconds = self._run_seconds(worker.sim, run, min(run.max_steps, left))
         # Summed one by one, as if each iteration had been an event of its own.
-        starts = np.cumsum(np.concatenate([[now], seconds]))
-        last_start = min(self._arrival_time(), run.until)
-        num_steps = max(1, int(np.searchsorted(starts[:-1], last_start)))
-        ends = starts[1 : num_steps + 1]
+        seconds[0] += now
+        ends = seconds.cumsum()
+        until = min(self._arrival_time(), run.until)
+        num_steps = 1 + int(ends[:-1].searchsorted(until))
+        ends = ends[:num_steps]
         self._scheduler.enter_run(worker_id, run, ends, now)
         for index in indices:
             self._num_produced[index] += num_steps
@@ -281,11 +285,14 @@ class _Simulation:
     def _run_seconds(
         self, worker: SimWorker, run: DecodeRun, num_steps: int
     ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        of_tier = [run.tiers == tier.tier for tier in worker.spec.tiers]
-        num_sequences = np.array([int(mask.sum()) for mask in of_tier], np.int64)
-        cached = np.array([int(run.num_cached[mask].sum()) for mask in of_tier], np.int64)
+        numbers = [tier.tier for tier in worker.spec.tiers]
+        num_sequences = np.bincount(run.tiers, minlength=_NUM_TIER_NUMBERS)[numbers]
+        # The sums are of whole numbers, so they are exact in floats too.
+        cached = np.bincount(run.tiers, run.num_cached, _NUM_TIER_NUMBERS)[numbers]
         steps = np.arange(num_steps)[:, None]
-        return worker.cost.decode_seconds(num_sequences, cached + steps * num_sequences)
+        return worker.cost.decode_seconds(
+            num_sequences, cached.astype(np.int64) + steps * num_sequences
+        )
 
     def _answer(self, plan: BatchPlan, seconds: float) -> StepResult:
         """What a worker would say: a token for each sequence that is through with what it knows."""
