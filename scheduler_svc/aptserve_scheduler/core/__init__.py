@@ -36,6 +36,7 @@ from aptserve_scheduler.core.types import (
     TokensAppended,
     WorkerId,
     WorkerSpec,
+    make_many,
 )
 
 __all__ = [
@@ -75,4 +76,5 @@ __all__ = [
     "WorkerId",
     "WorkerSnapshot",
     "WorkerSpec",
+    "make_many",
 ]

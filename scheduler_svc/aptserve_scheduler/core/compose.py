@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from itertools import repeat
-from typing import TypeVar
-
 import numpy as np
 
 from aptserve_scheduler.core.errors import PolicyError
@@ -20,11 +15,10 @@ from aptserve_scheduler.core.types import (
     ScheduledSequence,
     SequenceId,
     Tier,
+    make_many,
 )
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Decision
-
-_Value = TypeVar("_Value")
 
 _TIER_BY_NUMBER = np.full(max(Tier) + 1, None, np.object_)
 _TIER_BY_NUMBER[list(Tier)] = list(Tier)
@@ -186,7 +180,7 @@ def _enter_plan(
         release=release,
         promote=tuple(sequence_ids[i] for i in changed_tier),
         new=_new_sequences(state, slots[is_new]),
-        scheduled=_filled(
+        scheduled=make_many(
             ScheduledSequence,
             len(sequence_ids),
             sequence_id=sequence_ids,
@@ -207,7 +201,7 @@ def _new_sequences(state: State, slots: Ints) -> tuple[NewSequence, ...]:
     table = state.table
     requests = [table.request(slot) for slot in slots.tolist()]
     specs = [request.spec for request in requests]
-    return _filled(
+    return make_many(
         NewSequence,
         len(requests),
         sequence_id=table.sequence[slots].tolist(),
@@ -218,15 +212,3 @@ def _new_sequences(state: State, slots: Ints) -> tuple[NewSequence, ...]:
         max_tokens=[spec.max_tokens for spec in specs],
         sampling=[spec.sampling for spec in specs],
     )
-
-
-def _filled(kind: type[_Value], num: int, **columns: Sequence[object]) -> tuple[_Value, ...]:
-    """Instances of a frozen dataclass with slots, from one column per field.
-
-    Its own constructor sets every field through Python code, which for a batch of hundreds is a
-    large part of the whole decision time; the slots' setters, called from C, take a third of that.
-    """
-    values = list(map(object.__new__, repeat(kind, num)))
-    for name, column in columns.items():
-        deque(map(getattr(kind, name).__set__, values, column), maxlen=0)
-    return tuple(values)

@@ -9,6 +9,7 @@ answered by itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, Service
 
 _MAX_STEPS = 4096
+_ROUNDING_SECONDS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +37,8 @@ class DecodeRun:
     """Iterations for which memory and ``max_tokens`` last without any request ending."""
     until: float
     """Time before which those after the first must start; the decision may be another then."""
+    longest_seconds: float
+    """An iteration that takes longer must be the last: it may cost somebody an objective."""
 
 
 def find_run(
@@ -47,12 +51,17 @@ def find_run(
     """
     if not _is_plain(state, worker, decision) or worker.learns_costs:
         return None
-    table, slots = state.table, decision.slots
+    table, slots, now = state.table, decision.slots, problem.now
     num_cached = table.num_computed[slots]
     tiers = table.tier[slots]
     left = int((table.max_total[slots] - num_cached).min()) - 2
     horizon = policy.horizon(problem, decision)
     most = int(min(left, _MAX_STEPS, horizon.num_iterations))
+    longest_seconds = math.inf
+    if horizon.while_judged_alike:
+        most = min(most, table.num_gaps_judged_alike(slots))
+        pending = now - table.pending_since[slots]
+        longest_seconds = float((table.tbt_objective[slots] - pending).min()) - _ROUNDING_SECONDS
     max_steps = _steps_in_memory(worker, num_cached, tiers, most)
     if max_steps < 1:
         return None
@@ -63,6 +72,7 @@ def find_run(
         num_cached=num_cached,
         max_steps=max_steps,
         until=horizon.until,
+        longest_seconds=longest_seconds,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from aptserve_scheduler.core.errors import ProtocolViolation
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, Status
+from aptserve_scheduler.core.table import Bools, RequestTable, Status
 from aptserve_scheduler.core.types import (
     Event,
     FinishReason,
@@ -18,6 +18,7 @@ from aptserve_scheduler.core.types import (
     SequenceOutput,
     StepResult,
     TokensAppended,
+    make_many,
 )
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Policy, Service
@@ -166,12 +167,11 @@ def enter_result(
     slots = plan.slots.tolist()
     is_full = (table.num_known[plan.slots] >= table.max_total[plan.slots]).tolist()
     events: list[Event] = []
+    news = iter(_news_of_tokens(table, slots, match))
     for entry, output in match.outputs:
         slot = slots[entry]
         if output.token_ids:
-            events.append(
-                TokensAppended(table.request_ids[slot], output.token_ids, output.logprobs)
-            )
+            events.append(next(news))
         reason = output.finish_reason
         if reason is None and is_full[entry]:
             reason = FinishReason.LENGTH
@@ -181,6 +181,20 @@ def enter_result(
         events.append(state.end(slots[entry], now, None, message))
     table.return_from_flight(plan.slots)
     return events
+
+
+def _news_of_tokens(
+    table: RequestTable, slots: list[int], match: Match
+) -> tuple[TokensAppended, ...]:
+    """An event for each output that has tokens."""
+    got = [(entry, output) for entry, output in match.outputs if output.token_ids]
+    return make_many(
+        TokensAppended,
+        len(got),
+        request_id=[table.request_ids[slots[entry]] for entry, _ in got],
+        token_ids=[output.token_ids for _, output in got],
+        logprobs=[output.logprobs for _, output in got],
+    )
 
 
 def _service(
@@ -228,10 +242,11 @@ def _note_tokens(state: State, plan: PlanInFlight, match: Match, now: float) -> 
     table.num_known[slots] += num_tokens
     state.totals.num_output_tokens += int(num_tokens.sum())
     for slot, seconds, (_, output) in zip(slots.tolist(), wait.tolist(), got, strict=True):
-        request = table.request(slot)
-        request.output_token_ids.extend(output.token_ids)
-        gaps = [seconds] + [0.0] * (len(output.token_ids) - 1)
+        request, tokens = table.request(slot), output.token_ids
+        request.output_token_ids += tokens
         if request.first_token_at is None:
             request.first_token_at = now
-            gaps = gaps[1:]
-        request.gap_seconds.extend(gaps)
+        else:
+            request.gap_seconds.append(seconds)
+        if len(tokens) > 1:
+            request.gap_seconds += [0.0] * (len(tokens) - 1)

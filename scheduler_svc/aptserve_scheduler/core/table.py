@@ -215,6 +215,16 @@ class RequestTable:
         limit = np.where(may_be_slow_once_more, np.inf, self.tbt_objective[slots])
         self.miss_after[slots] = np.where(is_late, -1.0, limit)
 
+    def num_gaps_judged_alike(self, slots: Ints) -> int:
+        """Gaps within the objectives that all of these may have before a judgement changes.
+
+        The first that changes one is counted, as :meth:`judge` only speaks of it afterwards.
+        """
+        num_to_spare = self.num_gaps[slots] - 100 * self.num_slow_gaps[slots]
+        changes_in = np.where(num_to_spare < 0, -num_to_spare, 99 - num_to_spare)
+        never_changes = self.missed_ttft[slots] | (num_to_spare >= 99)
+        return int(changes_in[~never_changes].min(initial=np.iinfo(np.int64).max))
+
     def _free_row(self, slot: int) -> None:
         self.status[slot] = Status.FREE
         self.requests[slot] = None

@@ -6,10 +6,12 @@ property tests. Times are seconds on one monotonic clock that the caller owns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import NewType
+from itertools import repeat
+from typing import NewType, TypeVar
 
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
@@ -205,3 +207,18 @@ class RequestFinished:
 
 
 Event = TokensAppended | RequestFinished
+
+
+_Value = TypeVar("_Value")
+
+
+def make_many(kind: type[_Value], num: int, **columns: Iterable[object]) -> tuple[_Value, ...]:
+    """Instances of a frozen dataclass with slots, from one column for each of its fields.
+
+    Its own constructor sets every field through Python code, which for a batch of hundreds is a
+    large part of the whole decision time; the slots' setters, called from C, take a third of that.
+    """
+    values = list(map(object.__new__, repeat(kind, num)))
+    for name, column in columns.items():
+        deque(map(getattr(kind, name).__set__, values, column), maxlen=0)
+    return tuple(values)

@@ -106,8 +106,12 @@ class _View:
     running_seconds: float
     num_waiting: int
     least_pending_seconds: float
+    held_units: int
+    """Units that the ready ones hold."""
     next_units: Ints
-    """Units that the ready ones hold with one more token, in their tiers."""
+    """Units that each of them holds with one more token, in its tier."""
+    grown_units: int
+    """The sum of these."""
     headroom: int
     """Units to leave free for the next decode step."""
 
@@ -130,37 +134,33 @@ class _View:
         ready = indices(running.schedulable & one_left)
         under_way = indices(running.schedulable & ~one_left)
         pending = running.pending_seconds
-        next_units = problem.num_units_for(
-            running.num_computed_tokens[ready] + 1, running.tiers[ready]
-        )
-        growth = int(next_units.sum() - running.num_units[ready].sum())
-        headroom = max(growth, int(HEADROOM * problem.num_units)) if len(running) else 0
+        tiers, num_cached = running.tiers[ready], running.num_computed_tokens[ready]
+        held_units = int(running.num_units[ready].sum())
+        next_units = problem.num_units_for(num_cached + 1, tiers)
+        grown_units = int(next_units.sum())
+        least_headroom = int(HEADROOM * problem.num_units) if len(running) else 0
         return cls(
             ready=ready,
             waiting_seconds=float(waiting.pending_seconds.sum() + pending[under_way].sum()),
             running_seconds=float(pending[ready].sum()),
             num_waiting=len(waiting) + len(under_way),
-            least_pending_seconds=_decode_step_seconds(problem, ready),
+            least_pending_seconds=_decode_step_seconds(problem, tiers, num_cached),
+            held_units=held_units,
             next_units=next_units,
-            headroom=headroom,
+            grown_units=grown_units,
+            headroom=max(grown_units - held_units, least_headroom),
         )
 
 
-def _decode_step_seconds(problem: BatchProblem, ready: Ints) -> float:
-    """Time of a decode of all that could, by the cost model; always positive."""
-    cost, running = problem.cost, problem.running
-    per_cached = _cached_seconds(problem)[running.tiers[ready]]
-    cached = per_cached @ running.num_computed_tokens[ready]
-    per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
-    return max(cost.base_seconds + per_sequence * len(ready) + float(cached), 1e-9)
-
-
-def _cached_seconds(problem: BatchProblem) -> Floats:
-    """Seconds per cached token of each tier, by the tier's number."""
+def _decode_step_seconds(problem: BatchProblem, tiers: Tiers, num_cached: Ints) -> float:
+    """Time of a decode of requests with these caches, by the cost model; always positive."""
+    cost = problem.cost
     per_cached = np.zeros(_NUM_TIER_NUMBERS)
-    for tier, seconds in problem.cost.seconds_per_cached_token.items():
+    for tier, seconds in cost.seconds_per_cached_token.items():
         per_cached[tier] = seconds
-    return per_cached
+    cached = float(per_cached[tiers] @ num_cached)
+    per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
+    return max(cost.base_seconds + per_sequence * len(tiers) + cached, 1e-9)
 
 
 def _extra_seconds(problem: BatchProblem) -> Floats:
@@ -269,12 +269,12 @@ def _decode(problem: BatchProblem, view: _View, solver: Solver) -> Decision | No
     running, ready = problem.running, view.ready
     if not len(ready):
         return None
-    room = problem.num_units - int(running.num_units.sum() - running.num_units[ready].sum())
+    room = problem.num_free_units + view.held_units
     is_chosen, tiers, num_units = _choose_running(problem, view, room, solver)
     chosen, idle = ready[is_chosen], ready[~is_chosen]
     if not len(chosen):
         return None
-    missing = num_units + int(running.num_units[idle].sum()) - room
+    missing = num_units + view.held_units - int(running.num_units[chosen].sum()) - room
     preempted = _least_worthy(running, idle, missing)
     num_promoted = int(np.count_nonzero(tiers != running.tiers[chosen]))
     return Decision(
@@ -342,11 +342,11 @@ def _choose_running(
     held = running.tiers[ready]
     pending = np.maximum(running.pending_seconds[ready], view.least_pending_seconds)
     seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
-    spare = max(0, room - int(view.next_units.sum()) - view.headroom)
+    spare = max(0, room - view.grown_units - view.headroom)
     hidden = _Hidden.of(problem, view)
     if hidden.lack(spare):
         worth = hidden.are_worth(pending)
-        num_needed = int(view.next_units[worth].sum())
+        num_needed = int(view.next_units @ worth)
         if num_needed <= room and 0 < np.count_nonzero(worth) <= seats:
             # All of them fit in the only tier that is left to each.
             return worth, held[worth], num_needed

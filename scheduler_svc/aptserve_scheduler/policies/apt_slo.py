@@ -88,13 +88,13 @@ from aptserve_scheduler.policies.base import (
     Ints,
     Policy,
     Tiers,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.deadlines import first_fits, keep_most
 from aptserve_scheduler.policies.mixed_batch import Chosen, MixedBatch
 from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook
-from aptserve_scheduler.policies.overdue import InLine, overdue_line
+from aptserve_scheduler.policies.overdue import InLine, overdue_at, overdue_line
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.room import Room
 
@@ -160,10 +160,35 @@ class AptSloPolicy(Policy):
         return _Round(problem, self.config, self._history).decide()
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
-        """When everyone decodes in KV: a hidden cache may become worth promoting at any time."""
-        in_kv = bool((problem.running.tiers == Tier.KV).all())
-        holds = in_kv and decodes_everyone(problem, decision)
-        return Horizon() if holds else THIS_ITERATION
+        """As long as all running decode and the shortest that waits lacks memory.
+
+        None comes free while they grow and nobody becomes late. Until somebody becomes overdue,
+        nobody else gets a right to it, and the head of the line stays where it is. When nobody
+        waits, what keeps hidden caches from being promoted is that too little is free.
+        """
+        running, waiting, config = problem.running, problem.waiting, self.config
+        if not decodes_all_running(problem, decision):
+            return THIS_ITERATION
+        outlook = Outlook(problem, self._history)
+        num_free = problem.num_free_units - int(outlook.growth.sum())
+        if not len(waiting):
+            is_short = num_free <= int(_SPARE_SHARE * problem.num_units)
+            stay = is_short or (running.tiers == Tier.KV).all()
+            return Horizon() if stay else THIS_ITERATION
+        line = overdue_line(
+            problem,
+            outlook,
+            patience_seconds=config.patience_seconds,
+            lane_share=config.lane_share,
+        )
+        # Of the late only the head is sure to keep its memory: who follows may lose the right to.
+        may_lose = running.missed.copy()
+        may_lose[[row for runs, row in line[:1] if runs]] = False
+        num_reachable = num_free + int((running.num_units + outlook.growth)[may_lose].sum())
+        if num_reachable >= outlook.least_first_units:
+            return THIS_ITERATION
+        until = overdue_at(problem, outlook, patience_seconds=config.patience_seconds)
+        return Horizon(until=until, while_judged_alike=True)
 
     def arrived(self, arrival: Arrival) -> None:
         """Note the size of its prompt."""

@@ -187,6 +187,8 @@ class Horizon:
     """The one decided for and those that follow it with the same decision."""
     until: float = math.inf
     """Those that follow must be decided for before this time."""
+    while_judged_alike: bool = False
+    """Those that follow must find ``miss_after_seconds`` of all running as it is now."""
 
 
 THIS_ITERATION = Horizon(num_iterations=1)

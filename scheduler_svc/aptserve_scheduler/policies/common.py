@@ -39,6 +39,8 @@ def continue_prefills(problem: BatchProblem) -> Continuation:
     chunks: list[int] = []
     budget, free, promised = problem.max_num_batched_tokens, problem.num_free_units, 0
     under_way = indices(running.schedulable & (remaining > 1))
+    if not len(under_way):
+        return Continuation(under_way, under_way, budget, max(0, free))
     reach = problem.num_units_for(running.num_tokens[under_way], running.tiers[under_way])
     for row, whole in zip(under_way.tolist(), reach.tolist(), strict=True):
         chunk = min(int(remaining[row]), budget)

@@ -16,26 +16,6 @@ from aptserve_scheduler.policies.base import Bools, Floats, Ints
 from aptserve_scheduler.policies.common import indices
 
 
-class _Costliest:
-    """The costliest of the requests seen so far; of equal ones the first."""
-
-    def __init__(self, costs: Floats) -> None:
-        by_cost = np.argsort(-costs, kind="stable")
-        ranks = np.empty(len(by_cost), np.int64)
-        ranks[by_cost] = np.arange(len(by_cost))
-        self._by_cost: list[int] = by_cost.tolist()
-        self._ranks: list[int] = ranks.tolist()
-        self._heap: list[int] = []
-        self._num_seen = 0
-
-    def pop(self, row: int) -> int | None:
-        """The costliest up to this row that was not popped yet; ``None``: all were."""
-        for rank in self._ranks[self._num_seen : row + 1]:
-            heappush(self._heap, rank)
-        self._num_seen = row + 1
-        return self._by_cost[heappop(self._heap)] if self._heap else None
-
-
 def keep_most(demands: Floats, supplies: Floats, costs: Floats) -> Bools:
     """Keep as many of n requests, in order of deadline, as k resources allow.
 
@@ -51,20 +31,29 @@ def keep_most(demands: Floats, supplies: Floats, costs: Floats) -> Bools:
     if not scarce.any():
         return kept
     first = int(is_short.any(axis=0).argmax())
+    needs: list[list[float]] = demands[scarce].tolist()
+    limits: list[list[float]] = supplies[scarce].tolist()
     used: list[float] = (totals[scarce, first] - demands[scarce, first]).tolist()
-    needs: list[list[float]] = demands[scarce].T.tolist()
-    limits: list[list[float]] = supplies[scarce].T.tolist()
-    costliest = [_Costliest(row) for row in costs[scarce]]
-    for row in range(first, len(needs)):
-        for resource, need in enumerate(needs[row]):
-            used[resource] += need
-        for resource, limit in enumerate(limits[row]):
-            while used[resource] > limit and (out := costliest[resource].pop(row)) is not None:
-                if kept[out]:
-                    kept[out] = False
-                    for other, need in enumerate(needs[out]):
-                        used[other] -= need
-    return kept
+    # Ranks by cost of those seen so far, the costliest (of equal ones the first) on top.
+    by_cost = [np.argsort(-row, kind="stable") for row in costs[scarce]]
+    row_at: list[list[int]] = [rows.tolist() for rows in by_cost]
+    rank_of: list[list[int]] = [rows.argsort().tolist() for rows in by_cost]
+    heaps = [sorted(ranks[:first]) for ranks in rank_of]
+    is_kept = bytearray(b"\1") * len(kept)
+    resources = range(len(needs))
+    for row in range(first, len(kept)):
+        for resource in resources:
+            used[resource] += needs[resource][row]
+            heappush(heaps[resource], rank_of[resource][row])
+        for resource in resources:
+            heap, limit = heaps[resource], limits[resource][row]
+            while used[resource] > limit and heap:
+                out = row_at[resource][heappop(heap)]
+                if is_kept[out]:
+                    is_kept[out] = False
+                    for other in resources:
+                        used[other] -= needs[other][out]
+    return np.frombuffer(is_kept, np.bool_)
 
 
 def first_fits(sizes: Ints, room: int) -> Bools:

@@ -10,6 +10,8 @@ from aptserve_scheduler.policies.base import BatchProblem, Bools, Candidates, In
 from aptserve_scheduler.policies.common import indices
 from aptserve_scheduler.policies.outlook import Outlook
 
+_ROUNDING_SECONDS = 1e-6
+
 
 class InLine(NamedTuple):
     """An overdue request."""
@@ -43,6 +45,28 @@ def overdue_line(
     rows = np.concatenate([over_running, over_waiting])[chosen]
     runs = chosen < len(over_running)
     return list(map(InLine, runs.tolist(), rows.tolist()))
+
+
+def overdue_at(problem: BatchProblem, outlook: Outlook, *, patience_seconds: float) -> float:
+    """Time before which nobody becomes overdue who is not.
+
+    As long as all running get a token in each iteration and nobody else of them becomes late.
+    """
+    waiting, running = problem.waiting, problem.running
+    most_seconds = waiting.ttft_seconds + patience_seconds
+    slack = waiting.miss_after_seconds - waiting.pending_seconds
+    late_in = slack - (outlook.waiting_prefill + problem.cost.base_seconds)
+    # Late and too old; who was paused is never late.
+    over_in = np.maximum(late_in, most_seconds - waiting.age_seconds)
+    is_paused = np.isinf(waiting.miss_after_seconds)
+    over_in[is_paused] = (most_seconds - waiting.pending_seconds)[is_paused]
+    is_overdue = _is_overdue(waiting, outlook.waiting_is_late, patience_seconds)
+    too_old_in = (running.ttft_seconds + patience_seconds - running.age_seconds)[running.missed]
+    least = min(
+        float(over_in[~is_overdue].min(initial=np.inf)),
+        float(too_old_in[too_old_in >= 0].min(initial=np.inf)),
+    )
+    return problem.now + least - _ROUNDING_SECONDS
 
 
 def _is_overdue(candidates: Candidates, is_late: Bools, patience_seconds: float) -> Bools:

@@ -89,11 +89,11 @@ class OutputPredictor:
         if not self._num_ended:
             return most
         everyone, by_group = self._tables or self._learn()
-        num, excess = everyone.beyond(np.zeros_like(num_output), num_output)
+        num, excess = everyone.beyond(0, num_output)
         pooled = (excess + np.maximum(num_output, everyone.mean)) / (num + 1)
         num, excess = by_group.beyond(_group_of(num_prompt), num_output)
         expected = (excess + self._pooling * pooled) / (num + self._pooling)
-        return np.clip(expected, 1.0, most)
+        return np.minimum(np.maximum(expected, 1.0), most)
 
     def _learn(self) -> tuple[_Excess, _Excess]:
         known = slice(0, self.num_answers)
@@ -132,9 +132,9 @@ class _Excess:
     def mean(self) -> float:
         return float(self.totals[-1] / len(self.keys))
 
-    def beyond(self, groups: Ints, values: Ints) -> tuple[Ints, Ints]:
+    def beyond(self, groups: Ints | int, values: Ints) -> tuple[Ints, Ints]:
         """[n], [n]: of each group the lengths above a value; the sum of their excess over it."""
-        start = np.searchsorted(self.keys, groups * _STRIDE + values, side="right")
+        start = self.keys.searchsorted(groups * _STRIDE + values, side="right")
         end = self.ends[groups]
         num = end - start
         return num, self.totals[end] - self.totals[start] - num * values

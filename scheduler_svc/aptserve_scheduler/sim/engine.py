@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 from aptserve.evaluation import RequestRecord
@@ -34,6 +35,7 @@ from aptserve_scheduler.core import (
     StepResult,
     Tier,
     WorkerId,
+    make_many,
 )
 from aptserve_scheduler.policies import Policy, create_policy
 from aptserve_scheduler.sim.timeline import Timeline, TimelineRecorder
@@ -269,8 +271,10 @@ class _Simulation:
             return False
         seconds = self._run_seconds(worker.sim, run, min(run.max_steps, left))
         # Summed one by one, as if each iteration had been an event of its own.
+        is_longest = seconds > run.longest_seconds
+        most = 1 + int(is_longest.argmax()) if is_longest.any() else len(seconds)
         seconds[0] += now
-        ends = seconds.cumsum()
+        ends = seconds[:most].cumsum()
         until = min(self._arrival_time(), run.until)
         num_steps = 1 + int(ends[:-1].searchsorted(until))
         ends = ends[:num_steps]
@@ -296,8 +300,10 @@ class _Simulation:
 
     def _answer(self, plan: BatchPlan, seconds: float) -> StepResult:
         """What a worker would say: a token for each sequence that is through with what it knows."""
-        outputs: list[SequenceOutput] = []
+        sequence_ids: list[SequenceId] = []
+        reasons: list[FinishReason | None] = []
         skipped: list[SequenceId] = []
+        stop = FinishReason.STOP  # looking it up takes longer than the rest of a turn
         num_produced, num_output, num_prompt = (
             self._num_produced,
             self._num_output,
@@ -312,9 +318,17 @@ class _Simulation:
             if entry.num_computed_tokens + entry.num_new_tokens < known:
                 continue
             num_produced[index] += 1
-            reason = FinishReason.STOP if num_produced[index] == num_output[index] else None
-            outputs.append(SequenceOutput(entry.sequence_id, _TOKEN, reason))
-        return StepResult(plan.plan_id, tuple(outputs), seconds, skipped=tuple(skipped))
+            sequence_ids.append(entry.sequence_id)
+            reasons.append(stop if num_produced[index] == num_output[index] else None)
+        outputs = make_many(
+            SequenceOutput,
+            len(sequence_ids),
+            sequence_id=sequence_ids,
+            token_ids=repeat(_TOKEN),
+            finish_reason=reasons,
+            logprobs=repeat(None),
+        )
+        return StepResult(plan.plan_id, outputs, seconds, skipped=tuple(skipped))
 
     def _note(self, events: list[Event]) -> None:
         for event in events:

@@ -65,7 +65,7 @@ def play(
         if isinstance(plan, DecodeRun):
             until = min(plan.until, pending[0][0] if pending else np.inf)
             most = max(np.ceil((until - now) / STEP), 1)
-            num_steps = int(min(plan.max_steps, most))
+            num_steps = int(min(plan.max_steps, most if plan.longest_seconds >= STEP else 1))
             scheduler.enter_run(WORKER, plan, now + STEP * np.arange(1, num_steps + 1), now)
             for request_id in plan.request_ids:
                 known[request_id] += num_steps
