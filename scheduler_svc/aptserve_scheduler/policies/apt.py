@@ -57,6 +57,7 @@ Solver = Callable[[Knapsack], Ints]
 ALMOST_NOTHING = 1e-6
 """Factor on the value of a request that missed its objectives; order among the missed is kept."""
 _NUM_TIER_NUMBERS = 128
+_HIDDEN = int(Tier.HIDDEN)
 HEADROOM = 0.01
 """Share of the pool that admissions and promotions leave free while requests run."""
 
@@ -108,6 +109,8 @@ class _View:
     least_pending_seconds: float
     held_units: int
     """Units that the ready ones hold."""
+    tiers: Tiers
+    num_cached: Ints
     next_units: Ints
     """Units that each of them holds with one more token, in its tier."""
     grown_units: int
@@ -146,6 +149,8 @@ class _View:
             num_waiting=len(waiting) + len(under_way),
             least_pending_seconds=_decode_step_seconds(problem, tiers, num_cached),
             held_units=held_units,
+            tiers=tiers,
+            num_cached=num_cached,
             next_units=next_units,
             grown_units=grown_units,
             headroom=max(grown_units - held_units, least_headroom),
@@ -296,30 +301,35 @@ class _Hidden:
 
     entries: Ints
     """Entries of ``ready``."""
-    more_units: Ints
-    """What being promoted takes beyond what the next token does."""
     cost: Floats
     """U * rho * m: what staying hidden takes off the value."""
+    least_more_units: int
+    """What being promoted takes of the shortest beyond what its next token does."""
 
     @classmethod
     def of(cls, problem: BatchProblem, view: _View) -> _Hidden:
         running, kv = problem.running, problem.tiers[0]
-        entries = indices(running.tiers[view.ready] == Tier.HIDDEN)
+        entries = indices(view.tiers == _HIDDEN)
         if len(entries):
             entries = entries[problem.fits_pool(running, kv)[view.ready[entries]]]
-        num_cached = running.num_computed_tokens[view.ready[entries]]
-        in_kv = problem.num_blocks(num_cached + 1) * kv.units_per_block
-        extra: Floats = _extra_seconds(problem)[Tier.HIDDEN] * num_cached
+        if not len(entries):
+            return cls(entries, np.zeros(0, np.float64), 0)
+        num_cached = view.num_cached[entries]
+        extra: Floats = _extra_seconds(problem)[_HIDDEN] * num_cached
         num_hurt = len(problem.waiting) + len(running)
+        shortest = int(num_cached.argmin())
+        num_blocks = int(num_cached[shortest]) // problem.block_size + 1
         return cls(
             entries=entries,
-            more_units=in_kv - view.next_units[entries],
             cost=num_hurt * extra,
+            least_more_units=(
+                num_blocks * kv.units_per_block - int(view.next_units[entries[shortest]])
+            ),
         )
 
     def lack(self, spare: int) -> bool:
         """Whether so many units are too few to promote any of them."""
-        return not len(self.entries) or int(self.more_units.min()) > spare
+        return not len(self.entries) or self.least_more_units > spare
 
     def are_worth(self, pending: Floats) -> Bools:
         """[n] over all the ready, with their pending time: whose value as he is is positive.
@@ -338,8 +348,7 @@ def _choose_running(
 
     Two options each: the tier held, and for hidden ones KV.
     """
-    running, ready = problem.running, view.ready
-    held = running.tiers[ready]
+    running, ready, held = problem.running, view.ready, view.tiers
     pending = np.maximum(running.pending_seconds[ready], view.least_pending_seconds)
     seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
     spare = max(0, room - view.grown_units - view.headroom)
@@ -353,7 +362,7 @@ def _choose_running(
 
     tiers, offered = held[None], np.ones((1, len(ready)), np.bool_)
     num_units = view.next_units[None]
-    num_cached = running.num_computed_tokens[ready]
+    num_cached = view.num_cached
     if len(hidden.entries):
         in_kv = np.full_like(held, Tier.KV)
         tiers = np.stack([held, in_kv])

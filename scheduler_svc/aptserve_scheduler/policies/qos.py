@@ -63,6 +63,9 @@ from aptserve_scheduler.policies.prediction import reaching
 from aptserve_scheduler.policies.slack import Pace, prompt_seconds
 
 _NEVER = np.inf
+_NO_ROWS = np.zeros(0, np.int64)
+_NO_SECONDS = np.zeros(0, np.float64)
+_NO_FLAGS = np.zeros(0, np.bool_)
 _ROUNDING_SECONDS = 1e-6
 """Keys closer than this may change places when they are computed at another time."""
 
@@ -119,10 +122,11 @@ class QosPolicy(Policy):
         budget = min(self.config.most_tokens, problem.max_num_batched_tokens)
         decodes = memory.decodes[:budget]
         prompts = _Prompts.of(problem, memory, *self._line_up(problem, memory))
-        by_slack = pace.num_tokens(problem.cost, prompts.num_computed, prompts.num_remaining)
-        chunks = prompts.chunks(
-            min(budget - len(decodes), max(by_slack, self.config.least_tokens)), memory.num_free
-        )
+        chunks = prompts.num_remaining
+        if len(chunks):
+            by_slack = pace.num_tokens(problem.cost, prompts.num_computed, prompts.num_remaining)
+            most = max(by_slack, self.config.least_tokens)
+            chunks = prompts.chunks(min(budget - len(decodes), most), memory.num_free)
         chosen = chunks > 0
         num_tokens = np.concatenate([np.ones(len(decodes), np.int64), chunks[chosen]])
         if not len(num_tokens):
@@ -154,16 +158,13 @@ class QosPolicy(Policy):
         is_relegated = self._is_relegated(waiting, problem.now)
         if self._num_more(problem, is_relegated) > 0 and self._may_be_relegated(waiting).any():
             return THIS_ITERATION
-        memory = _Memory.of(problem)
-        if memory.num_seats:
+        if len(problem.running) < problem.max_num_seqs:
             keys = self._keys(problem, waiting)
             if not is_relegated.all():
                 keys[is_relegated] = _NEVER
             may_be_first = keys <= keys.min() + _ROUNDING_SECONDS
-            shortest = waiting.num_tokens[may_be_first].min(keepdims=True)
-            if problem.num_blocks(shortest)[0] * problem.tiers[0].units_per_block <= (
-                memory.num_unpromised
-            ):
+            most_units = problem.num_free_units - int(WATERMARK * problem.num_units)
+            if (_whole_units(problem, waiting.num_tokens[may_be_first]) <= most_units).any():
                 return THIS_ITERATION
         ends = self._relegated_at[waiting.slots[is_relegated]] + self.config.relegated_seconds
         return Horizon(until=float(ends.min(initial=_NEVER)))
@@ -219,18 +220,30 @@ class QosPolicy(Policy):
         return may_be
 
     def _line_up(self, problem: BatchProblem, memory: _Memory) -> tuple[Ints, Ints]:
-        """Rows of running prompts, then of waiting ones, and the order of all of them."""
+        """Rows of waiting prompts that start, and the order of those under way and of these."""
         running, waiting = problem.running, problem.waiting
-        keys = self._keys(problem, running)[memory.under_way]
-        late = np.zeros(len(keys), np.bool_)
-        starting = np.zeros(0, np.int64)
+        keys, late, starting = _NO_SECONDS, _NO_FLAGS, _NO_ROWS
         if memory.num_seats and len(waiting):
-            new_keys = self._keys(problem, waiting)
-            new_late = self._is_relegated(waiting, problem.now)
-            # No more can start than there are seats, so only the foremost need be looked at.
-            starting = np.lexsort((new_keys, new_late))[: memory.num_seats]
-            keys, late = np.append(keys, new_keys[starting]), np.append(late, new_late[starting])
+            units = _whole_units(problem, waiting.num_tokens)
+            if int(units.min()) <= memory.num_unpromised:
+                keys = self._keys(problem, waiting)
+                late = self._is_relegated(waiting, problem.now)
+                # The first in line that lacks memory keeps out those behind.
+                in_line = np.lexsort((keys, late))[: memory.num_seats]
+                ends = units[in_line].cumsum()
+                starting = in_line[: int(ends.searchsorted(memory.num_unpromised, side="right"))]
+        num_under_way = len(memory.under_way)
+        if not num_under_way:
+            return starting, np.arange(len(starting))
+        of_running = self._keys(problem, running)[memory.under_way]
+        keys = np.concatenate([of_running, keys[starting]])
+        late = np.concatenate([np.zeros(num_under_way, np.bool_), late[starting]])
         return starting, np.lexsort((keys, late))
+
+
+def _whole_units(problem: BatchProblem, num_tokens: Ints) -> Ints:
+    """[n] units of whole prompts."""
+    return problem.num_blocks(num_tokens) * problem.tiers[0].units_per_block
 
 
 def _seconds_left(candidates: Candidates) -> Floats:
@@ -305,24 +318,20 @@ class _Prompts:
 
     @classmethod
     def of(cls, problem: BatchProblem, memory: _Memory, starting: Ints, order: Ints) -> _Prompts:
-        """Rows of ``waiting`` beside those under way, less those without memory to start."""
+        """Those of ``running`` under way and these rows of ``waiting``, in this order."""
         running, waiting = problem.running, problem.waiting
 
         def both(of_running: Ints, of_waiting: Ints) -> Ints:
             rows = np.concatenate([of_running[memory.under_way], of_waiting[starting]])
             return rows[order]
 
-        per_block = problem.tiers[0].units_per_block
-        whole = problem.num_blocks(both(running.num_tokens, waiting.num_tokens)) * per_block
-        is_new = order >= len(memory.under_way)
-        fits = ~is_new | (np.cumsum(np.where(is_new, whole, 0)) <= memory.num_unpromised)
         return cls(
-            slots=both(running.slots, waiting.slots)[fits],
-            num_computed=both(running.num_computed_tokens, waiting.num_computed_tokens)[fits],
-            num_remaining=both(running.num_remaining_tokens, waiting.num_remaining_tokens)[fits],
-            num_units=both(running.num_units, waiting.num_units)[fits],
+            slots=both(running.slots, waiting.slots),
+            num_computed=both(running.num_computed_tokens, waiting.num_computed_tokens),
+            num_remaining=both(running.num_remaining_tokens, waiting.num_remaining_tokens),
+            num_units=both(running.num_units, waiting.num_units),
             block_size=problem.block_size,
-            units_per_block=per_block,
+            units_per_block=problem.tiers[0].units_per_block,
         )
 
     def chunks(self, num_tokens: int, num_units: int) -> Ints:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from aptserve_scheduler.core import BatchPlan, Scheduler, Tier, TierSpec
+from aptserve_scheduler.policies import apt
+from support.problems import Row, make_problem
 from support.scheduler import (
     WORKER,
     CheckingWorker,
@@ -271,3 +276,39 @@ def test_equal_histories_give_equal_plans() -> None:
             pair.add(f"r{i}", 0.01 * i, prompt_len=3 + 5 * (i % 4))
         plans.append([pair.step(1.0 + 0.1 * i, 0.05) for i in range(10)])
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_what_needs_no_knapsack_is_what_it_would_choose(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(rng.randint(1, 8)):
+        length = rng.randint(1, 9)
+        rows.append(
+            Row(
+                length,
+                length + 1,
+                tier=rng.choice((Tier.KV, Tier.HIDDEN)),
+                max_num_tokens=rng.choice((20, 29, 50)),
+                pending_seconds=rng.choice((0.0, 0.01, 0.2, 2.0)),
+                miss_after_seconds=rng.choice((0.1, 10.0)),
+            )
+        )
+    seconds = {Tier.KV: 1e-4, Tier.HIDDEN: rng.choice((1e-4, 1e-3, 1e-2))}
+    problem = make_problem(
+        rows,
+        [Row(0, 90, max_num_tokens=100)] * rng.randint(0, 3),
+        num_units=rng.randint(40, 120),
+        max_num_batched_tokens=64,
+        cost=make_cost(seconds_per_cached_token=seconds),
+    )
+    direct = apt.AptPolicy().decide(problem)
+    monkeypatch.setattr(apt._Hidden, "lack", lambda _hidden, _spare: False)
+    by_knapsack = apt.AptPolicy().decide(problem)
+    assert direct is not None
+    assert by_knapsack is not None
+    assert direct.reason == by_knapsack.reason
+    for name in ("slots", "num_tokens", "tiers", "preempted"):
+        assert getattr(direct, name).tolist() == getattr(by_knapsack, name).tolist()

@@ -243,15 +243,15 @@ def horizon(
 ) -> Horizon:
     """After a decision for one decode beside these, with so many units free for new requests."""
     policy = policy or make_policy(relegated_share=0.0)
-    # The decode grows to 10 units.
-    problem = make_problem([decode()], waiting, **{**WIDE, "num_units": num_free + 10, "now": now})
+    # The decode holds 8 units; that it grows is left out of account.
+    problem = make_problem([decode()], waiting, **{**WIDE, "num_units": num_free + 8, "now": now})
     decision = policy.decide(problem)
     assert decision is not None
     return policy.horizon(problem, decision)
 
 
 def test_it_repeats_itself_while_the_first_in_line_lacks_memory() -> None:
-    assert horizon([], num_free=0) == Horizon()
+    assert horizon([], num_free=2) == Horizon()
     assert horizon([prompt(20, left=1.0), prompt(30)], num_free=39) == Horizon()
     assert horizon([prompt(20, left=1.0), prompt(30)], num_free=40) == THIS_ITERATION
     # A shorter one further back does not overtake it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,17 +19,25 @@ from aptserve_scheduler.core import (
     StepResult,
     TierSpec,
 )
-from aptserve_scheduler.policies import create_policy, policy_names
+from aptserve_scheduler.core.table import RequestTable
+from aptserve_scheduler.policies import Policy, create_policy, policy_names
+from aptserve_scheduler.policies.apt_slo import AptSloConfig, AptSloPolicy
+from aptserve_scheduler.policies.qos import QosConfig, QosPolicy
 from support.scheduler import HIDDEN, KV, WORKER, make_request, make_worker
 
 STEP = 2**-6
 """Seconds of an iteration; a power of two, so that sums are exact however they are made."""
 
+IMPATIENT: dict[str, Callable[[], Policy]] = {
+    "impatient apt-slo": lambda: AptSloPolicy(AptSloConfig(patience_seconds=0.2)),
+    "impatient qos": lambda: QosPolicy(QosConfig(relegated_share=0.2, relegated_seconds=0.3)),
+}
+"""Policies whose patience of a minute ends within the seconds that are played here."""
+
 
 def make_scheduler(policy: str, tiers: tuple[TierSpec, ...] = (KV,)) -> Scheduler:
-    scheduler = Scheduler(
-        SchedulerConfig(pipeline_depth=1, learns_costs=False), create_policy(policy)
-    )
+    made = IMPATIENT[policy]() if policy in IMPATIENT else create_policy(policy)
+    scheduler = Scheduler(SchedulerConfig(pipeline_depth=1, learns_costs=False), made)
     scheduler.add_worker(make_worker(tiers=tiers, num_units=60), 0.0)
     return scheduler
 
@@ -82,7 +91,7 @@ def play(
     return ended, num_skipped
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", [*policy_names(), *IMPATIENT])
 @pytest.mark.parametrize("gaps", [(0.0, 0.25, 2.0), (0.0, 0.05, 0.15)], ids=["idle", "crowded"])
 @pytest.mark.parametrize("seed", range(4))
 def test_runs_change_nothing(policy: str, gaps: tuple[float, ...], seed: int) -> None:
@@ -117,3 +126,53 @@ def test_a_run_has_bounds() -> None:
     assert isinstance(run, DecodeRun)
     with pytest.raises(ValueError, match=f"0 steps of a run of at most {run.max_steps}"):
         scheduler.enter_run(WORKER, run, np.zeros(0), STEP)
+
+
+def test_a_run_lasts_as_long_as_the_memory() -> None:
+    """Four caches that begin their blocks at different steps; every free unit is used."""
+    for num_units in range(16, 60):
+        scheduler = Scheduler(
+            SchedulerConfig(pipeline_depth=1, learns_costs=False), create_policy("fcfs")
+        )
+        scheduler.add_worker(make_worker(num_units=num_units, block_size=4), 0.0)
+        known = {}
+        for length in (1, 2, 4, 7):
+            known[f"r{length}"] = length
+            spec = make_request(f"r{length}", prompt_len=length, max_tokens=20)
+            scheduler.add_request(spec, 0.0)
+        plan = scheduler.plan(WORKER, 0.0)
+        assert plan is not None
+        scheduler.apply(WORKER, answer(plan, known), STEP)
+        run = scheduler.plan_or_run(WORKER, STEP)
+        if not isinstance(run, DecodeRun):
+            continue  # not all of them fit for a first step
+        num_steps = run.max_steps
+        after = [-(-(cached + num_steps) // 4) * 2 for cached in run.num_cached.tolist()]
+        one_more = [-(-(cached + num_steps + 1) // 4) * 2 for cached in run.num_cached.tolist()]
+        assert sum(after) <= num_units
+        assert sum(one_more) > num_units or num_steps == 20 - 2
+
+
+def test_a_judgement_lasts_as_long_as_it_says() -> None:
+    table = RequestTable()
+    slot = table.add(make_request(tbt=0.5), 0.0)
+    slots = np.array([slot])
+    for num_gaps, num_slow, missed in (
+        (0, 0, False),
+        (98, 0, False),
+        (99, 0, False),
+        (30, 1, False),
+        (100, 1, False),
+        (198, 1, False),
+        (150, 2, False),
+        (0, 0, True),
+    ):
+        table.num_gaps[slot], table.num_slow_gaps[slot] = num_gaps, num_slow
+        table.missed_ttft[slot] = missed
+        table.judge(slots)
+        before = float(table.miss_after[slot])
+        most = table.num_gaps_judged_alike(slots)
+        for num_more in range(min(most, 300) + 1):
+            table.num_gaps[slot] = num_gaps + num_more
+            table.judge(slots)
+            assert (float(table.miss_after[slot]) == before) == (num_more < most)

@@ -87,7 +87,10 @@ class StepModel:
         seconds = np.full(len(num_cached), self._weights_seconds(total, total))
         for i, (_, decode) in enumerate(self._decodes):
             if count := int(num_sequences[i]):
-                seconds += self.model.num_layers * decode(count, num_cached[:, i].astype(float))
+                # Arithmetic on a plain number is far quicker than on an array of one.
+                is_one = len(seconds) == 1
+                cached = float(num_cached[0, i]) if is_one else num_cached[:, i].astype(float)
+                seconds += self.model.num_layers * decode(count, cached)
         return seconds
 
     def _weights_seconds(self, num_tokens: int, num_sequences: int) -> float:
