@@ -158,7 +158,8 @@ def _enter_plan(
     plan_id = PlanId(worker.next_plan_id)
     worker.next_plan_id += 1
     release = worker.take_releases()
-    state.totals.num_promotions += int(np.count_nonzero(promoted))
+    changed_tier = promoted.nonzero()[0].tolist()
+    state.totals.num_promotions += len(changed_tier)
     worker.in_flight.append(
         PlanInFlight(
             plan_id=plan_id,
@@ -173,7 +174,6 @@ def _enter_plan(
             promoted=promoted,
         )
     )
-    changed_tier = np.flatnonzero(promoted).tolist()
     return BatchPlan(
         plan_id=plan_id,
         worker_id=worker.spec.worker_id,
@@ -198,6 +198,8 @@ def _enter_plan(
 
 
 def _new_sequences(state: State, slots: Ints) -> tuple[NewSequence, ...]:
+    if not len(slots):
+        return ()
     table = state.table
     requests = [table.request(slot) for slot in slots.tolist()]
     specs = [request.spec for request in requests]

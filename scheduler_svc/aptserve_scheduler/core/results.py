@@ -218,8 +218,7 @@ def _note_speed(worker: WorkerState, plan: PlanInFlight, result: StepResult, mat
     worker.step_seconds += result.step_seconds
     # The first step has no step before it.
     worker.gap_seconds += result.gap_seconds if worker.num_steps > 1 else 0.0
-    ran = match.ran()
-    if worker.learns_costs and ran.any():
+    if worker.learns_costs and (ran := match.ran()).any():
         worker.cost.observe(plan.cost_features(ran, worker.cost.tiers), result.step_seconds)
 
 
