@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from aptserve_worker.engine import ModelEngine
-from aptserve_worker.model.graphs import DecodeGraphs
+from aptserve_worker.model.graphs import CudaRecorder, DecodeGraphs
 from aptserve_worker.plan import Tier
 from support.engines import Driver, make_engine
 from support.models import VOCAB, greedy
@@ -104,3 +106,105 @@ def test_more_tiers_than_a_recorded_step_has(checkpoint: Checkpoint) -> None:
     ids = [driver.add([5, 6, 7], tier=tier, max_tokens=3) for tier in Tier]
     driver.run()
     assert [len(driver.output(sequence)) for sequence in ids] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 5, 12, 40])
+def test_every_batch_of_two_tiers_has_a_step_and_no_step_is_for_none(
+    max_num_seqs: int, checkpoint: Checkpoint
+) -> None:
+    graphs = make(checkpoint, "opt", max_num_seqs=max_num_seqs)._graphs
+    assert graphs is not None
+    wanted = {
+        graphs._shape_for({t: n for t, n in ((Tier.KV, kv), (Tier.HIDDEN, hidden)) if n})
+        for kv in range(max_num_seqs + 1)
+        for hidden in range(max_num_seqs + 1 - kv)
+        if kv + hidden
+    }
+    assert set(graphs._steps) == wanted
+
+
+def test_steps_leave_their_logits_in_one_place(checkpoint: Checkpoint) -> None:
+    graphs = make(checkpoint, "opt")._graphs
+    assert graphs is not None
+    logits = [step.replay() for step in graphs._steps.values()]
+    assert len({tensor.data_ptr() for tensor in logits}) == 1
+    assert max(map(len, logits)) == max(sum(n for _, n in shape) for shape in graphs._steps)
+
+
+class FakeCuda:
+    """Writes down what a recorder does with torch's CUDA functions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.recordings: list[tuple[object, bool]] = []
+        """Of each its stream, and whether inference mode was on when it began."""
+        self.streams: list[object] = []
+        """The current one comes last."""
+        for name in ("graph_pool_handle", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda: self)
+        monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        self.streams.append(FakeStream())
+
+    def replay(self) -> None:
+        """Of a graph."""
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        depth = len(self.streams)
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            del self.streams[depth:]
+
+    @contextmanager
+    def graph(self, graph: object, pool: object, stream: object) -> Iterator[None]:
+        """As torch's, which leaves its stream the current one where a recording fails."""
+        self.recordings.append((stream, torch.is_inference_mode_enabled()))
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
+
+
+class FakeStream:
+    def wait_stream(self, stream: object) -> None:
+        """Of a stream."""
+
+
+def test_recordings_share_a_stream_and_begin_outside_of_inference_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    recorder = CudaRecorder()
+    runs: list[tuple[object, bool]] = []
+
+    def step() -> torch.Tensor:
+        runs.append((cuda.streams[-1], torch.is_inference_mode_enabled()))
+        return torch.zeros(1)
+
+    replays = [recorder(step), recorder(step)]
+    assert replays[0]() is not replays[1]()
+    (stream,) = {stream for stream, _ in (*cuda.recordings, *runs)}
+    assert stream is not cuda.streams[-1]
+    assert [is_inference for _, is_inference in cuda.recordings] == [False, False]
+    assert [is_inference for _, is_inference in runs] == [True] * 4
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+    before = list(cuda.streams)
+    runs: list[None] = []
+
+    def step() -> torch.Tensor:
+        runs.append(None)
+        if len(runs) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        CudaRecorder()(step)
+    assert cuda.streams == before
