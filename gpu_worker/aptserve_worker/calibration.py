@@ -88,9 +88,9 @@ class _Sample:
 def calibrate(engine: Runner, shape: Shape) -> Measured:
     """Run batches through ``engine`` for a couple of seconds; it holds no sequence afterwards."""
     samples: list[_Sample] = []
-    deadline = time.perf_counter() + _BUDGET_SECONDS
     ids = iter(range(1, 1 << 30))
-    _prefill(engine, shape.tiers[0], 1, ids)  # the first pass of all is not like the others
+    _warm_up(engine, shape, ids)
+    deadline = time.perf_counter() + _BUDGET_SECONDS
     for num_sequences, context in _decode_cases():
         for tier in shape.tiers:
             if not shape.fits(tier, num_sequences, context + _REPEATS + 1):
@@ -99,6 +99,19 @@ def calibrate(engine: Runner, shape: Shape) -> Measured:
                 break
             samples += _measure(engine, tier, num_sequences, context, ids)
     return _fit(samples, shape.tiers)
+
+
+def _warm_up(engine: Runner, shape: Shape, ids: Iterator[int]) -> None:
+    """A prompt and a decode in each tier: first steps are not like others, a GPU compiles them.
+
+    That may take longer than all the measuring is to take, and counts for nothing.
+    """
+    for tier in shape.tiers:
+        if not shape.fits(tier, 1, 2):
+            continue
+        sequence_id, _ = _prefill(engine, tier, 1, ids, keep=True)
+        engine.execute(BatchPlan(0, scheduled=[ScheduledSequence(sequence_id, 1, 1)]))
+        engine.release([sequence_id])
 
 
 def _decode_cases() -> Iterator[tuple[int, int]]:

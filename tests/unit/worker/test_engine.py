@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aptserve_worker import calibration
 from aptserve_worker.config import WorkerSettings
 from aptserve_worker.engine import ModelEngine
 from aptserve_worker.model.loading import load_model
@@ -20,6 +21,7 @@ from aptserve_worker.plan import (
     PlanError,
     Sampling,
     ScheduledSequence,
+    StepOutput,
     Tier,
 )
 from support.engines import Driver, engine_settings, make_engine
@@ -202,6 +204,29 @@ def test_calibration_gives_usable_coefficients(checkpoint: Checkpoints):
     assert all(v >= 0.0 for v in values)
     assert 0.0 < c.base_seconds + c.seconds_per_sequence + c.seconds_per_token < 1.0
     assert e.allocator.num_free == e.info.num_units
+
+
+def test_first_steps_take_nothing_of_the_time_for_calibration(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+):
+    """A GPU compiles in the first steps of each tier, which takes longer than all the others."""
+    now, seen = [0.0], set[tuple[Tier, bool]]()
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    engine = make_engine(checkpoint("opt"))
+    execute, tiers = engine.execute, dict[int, Tier]()
+
+    def slow_at_first(plan: BatchPlan) -> StepOutput:
+        tiers.update({new.sequence_id: new.tier for new in plan.new})
+        kind = tiers[plan.scheduled[0].sequence_id], bool(plan.new)
+        now[0] += 1e-3 if kind in seen else 60.0
+        seen.add(kind)
+        return execute(plan)
+
+    monkeypatch.setattr(engine, "execute", slow_at_first)
+    engine.measure(engine)
+    assert len(seen) == 2 * len(engine.info.tiers)
+    c = engine.info.calibration
+    assert c.base_seconds + c.seconds_per_sequence + c.seconds_per_token == pytest.approx(1e-3)
 
 
 def test_an_id_and_row_used_again_start_without_a_history(opt: ModelEngine):
