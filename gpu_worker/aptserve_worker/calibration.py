@@ -31,6 +31,9 @@ _BUDGET_SECONDS = 1.5
 
 _REPEATS = 3
 
+_WARM_UP_TOKENS = 5
+"""Computed of a sequence: ``[0, 1)`` and ``[1, 3)`` are its prompt, 3 and 4 are decoded."""
+
 
 class Runner(Protocol):
     """The part of an engine that calibration needs."""
@@ -56,7 +59,8 @@ class Shape:
         """Whether so many sequences of so many tokens can be held and prefilled one by one."""
         blocks = -(-num_tokens // self.block_size) * num_sequences
         return (
-            num_sequences <= self.max_num_seqs
+            tier in self.units_per_block
+            and num_sequences <= self.max_num_seqs
             and num_tokens <= min(self.context_length, self.max_num_batched_tokens)
             and blocks * self.units_per_block[tier] <= self.num_units
         )
@@ -102,15 +106,22 @@ def calibrate(engine: Runner, shape: Shape) -> Measured:
 
 
 def _warm_up(engine: Runner, shape: Shape, ids: Iterator[int]) -> None:
-    """A prompt and a decode in each tier: first steps are not like others, a GPU compiles them.
+    """A prompt in two pieces, a token decoded and sampled in each tier, and a promotion.
 
-    That may take longer than all the measuring is to take, and counts for nothing.
+    First steps are not like others: a GPU compiles them, which may take longer than all the
+    measuring is to take, and is not to happen in the middle of serving.
     """
     for tier in shape.tiers:
-        if not shape.fits(tier, 1, 2):
+        if not shape.fits(tier, 1, _WARM_UP_TOKENS):
             continue
-        sequence_id, _ = _prefill(engine, tier, 1, ids, keep=True)
-        engine.execute(BatchPlan(0, scheduled=[ScheduledSequence(sequence_id, 1, 1)]))
+        sequence_id = next(ids)
+        new = _new_sequence(sequence_id, tier, 3, temperature=1.0)
+        for done, count in ((0, 1), (1, 2), (3, 1)):
+            scheduled = [ScheduledSequence(sequence_id, done, count)]
+            engine.execute(BatchPlan(0, new=[] if done else [new], scheduled=scheduled))
+        if tier is Tier.HIDDEN and shape.fits(Tier.KV, 1, _WARM_UP_TOKENS):
+            scheduled = [ScheduledSequence(sequence_id, 4, 1)]
+            engine.execute(BatchPlan(0, promote=[sequence_id], scheduled=scheduled))
         engine.release([sequence_id])
 
 
@@ -125,7 +136,7 @@ def _measure(
     """Prefill sequences one by one, then decode them together; the fastest of a few counts."""
     members = []
     for _ in range(num_sequences):
-        sequence_id, seconds = _prefill(engine, tier, context, ids, keep=True)
+        sequence_id, seconds = _prefill(engine, tier, context, ids)
         members.append(sequence_id)
         if len(members) <= _REPEATS:
             yield _Sample(context, 1, context * context / 2, {}, seconds)
@@ -140,19 +151,21 @@ def _measure(
     yield _Sample(num_sequences, num_sequences, 0.0, cached, min(times))
 
 
-def _prefill(
-    engine: Runner, tier: Tier, num_tokens: int, ids: Iterator[int], *, keep: bool = False
-) -> tuple[int, float]:
+def _prefill(engine: Runner, tier: Tier, num_tokens: int, ids: Iterator[int]) -> tuple[int, float]:
+    """A new sequence, and the seconds that its prompt took."""
     sequence_id = next(ids)
-    sampling = Sampling(max_tokens=1 << 20, seed=0, ignore_eos=True)
-    new = NewSequence(sequence_id, "calibration", [1] * num_tokens, num_tokens, tier, sampling)
+    new = _new_sequence(sequence_id, tier, num_tokens)
     plan = BatchPlan(0, new=[new], scheduled=[ScheduledSequence(sequence_id, 0, num_tokens)])
     started = time.perf_counter()
     engine.execute(plan)
-    seconds = time.perf_counter() - started
-    if not keep:
-        engine.release([sequence_id])
-    return sequence_id, seconds
+    return sequence_id, time.perf_counter() - started
+
+
+def _new_sequence(
+    sequence_id: int, tier: Tier, num_tokens: int, temperature: float = 0.0
+) -> NewSequence:
+    sampling = Sampling(max_tokens=1 << 20, seed=0, temperature=temperature, ignore_eos=True)
+    return NewSequence(sequence_id, "calibration", [1] * num_tokens, num_tokens, tier, sampling)
 
 
 def _fit(samples: Sequence[_Sample], tiers: Sequence[Tier]) -> Measured:

@@ -209,24 +209,34 @@ def test_calibration_gives_usable_coefficients(checkpoint: Checkpoints):
 def test_first_steps_take_nothing_of_the_time_for_calibration(
     checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ):
-    """A GPU compiles in the first steps of each tier, which takes longer than all the others."""
-    now, seen = [0.0], set[tuple[Tier, bool]]()
+    """A GPU compiles in the first steps of each kind, which takes longer than all the others."""
+    now, seen = [0.0], set[tuple[Tier, str]]()
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
     engine = make_engine(checkpoint("opt"))
     execute, tiers = engine.execute, dict[int, Tier]()
 
     def slow_at_first(plan: BatchPlan) -> StepOutput:
         tiers.update({new.sequence_id: new.tier for new in plan.new})
-        kind = tiers[plan.scheduled[0].sequence_id], bool(plan.new)
+        entry = plan.scheduled[0]
+        kind = tiers[entry.sequence_id], "promotion" if plan.promote else _kind_of(entry)
         now[0] += 1e-3 if kind in seen else 60.0
         seen.add(kind)
         return execute(plan)
 
     monkeypatch.setattr(engine, "execute", slow_at_first)
     engine.measure(engine)
-    assert len(seen) == 2 * len(engine.info.tiers)
+    kinds = {"prompt", "chunk", "decode"}
+    assert seen == {(t.tier, k) for t in engine.info.tiers for k in kinds} | {
+        (Tier.HIDDEN, "promotion")
+    }
     c = engine.info.calibration
     assert c.base_seconds + c.seconds_per_sequence + c.seconds_per_token == pytest.approx(1e-3)
+
+
+def _kind_of(entry: ScheduledSequence) -> str:
+    if entry.num_computed_tokens == 0:
+        return "prompt"
+    return "decode" if entry.num_new_tokens == 1 else "chunk"
 
 
 def test_an_id_and_row_used_again_start_without_a_history(opt: ModelEngine):
