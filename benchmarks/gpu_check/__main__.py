@@ -53,16 +53,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> int:
     import torch
 
+    from benchmarks.gpu_check import apart
     from benchmarks.gpu_check.context import Context, Deadline
     from benchmarks.gpu_check.parts import PARTS, has_failed, run_parts
     from benchmarks.gpu_check.report import describe_device
-    from benchmarks.gpu_check.timing import ClockTimer, EventTimer
+    from benchmarks.gpu_check.timing import ClockTimer
 
     started = time.monotonic()
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     context = Context(
         device=device,
-        timer=ClockTimer() if options.dry_run else EventTimer(device),
+        timer=ClockTimer(),  # of this process, which times nothing on a GPU
         deadline=Deadline(options.budget),
         is_dry=options.dry_run,
         is_quick=options.quick,
@@ -70,26 +71,31 @@ def _check(options: argparse.Namespace) -> int:
     about = describe_device(device)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     parts = [part for part in PARTS if not options.only or part.name in options.only]
-    found = run_parts(parts, context, options.budget)
-    total = time.monotonic() - started
-    result = {"about": about, "total_seconds": total, "parts": found}
-    print(f"\n{total:.0f} s", flush=True)
-    _keep(options, result)
+    paths: list[Path] = []
+
+    def keep(found: dict[str, Any]) -> None:
+        total = time.monotonic() - started
+        paths[:] = _keep(options, {"about": about, "total_seconds": total, "parts": found})
+
+    run = None if options.dry_run else apart.run
+    found = run_parts(parts, context, options.budget, run=run, keep=keep)
+    print(f"\n{time.monotonic() - started:.0f} s", flush=True)
+    for path in paths:
+        print(f"wrote {path}")
+    if options.dry_run:
+        print("A dry run: nothing above is a result, and nothing is kept.")
     return 1 if has_failed(found) else 0
 
 
-def _keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
+def _keep(options: argparse.Namespace, result: dict[str, Any]) -> list[Path]:
     """Write the files. Some parts alone get a name of their own; a dry run is only laid out."""
     from benchmarks.gpu_check.report import file_name, markdown, write
 
     if options.dry_run:
         markdown(result)
-        print("A dry run: nothing above is a result, and nothing is kept.")
-        return
+        return []
     suffix = "".join(f"_{name}" for name in options.only or ()) + "_quick" * options.quick
-    name = file_name(result["about"]["device"], suffix)
-    for path in write(options.out or _RESULTS, name, result):
-        print(f"wrote {path}")
+    return write(options.out or _RESULTS, file_name(result["about"]["device"], suffix), result)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from aptserve_kernels.costs import Gpu
@@ -46,6 +47,8 @@ class Context:
     """Those that the first part found to give wrong results."""
     notes: list[str] = field(default_factory=list)
     """Of the part that runs: what it left out, and why."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """Of the part that runs: what it has found so far, to be kept should it not end."""
 
     def note(self, text: str) -> None:
         """Say and keep."""

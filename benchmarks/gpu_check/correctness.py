@@ -69,7 +69,8 @@ def measure(context: Context) -> dict[str, Any]:
 
 
 def _in_turn(wanted: Sequence[Group], context: Context) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    context.found = {"rows": rows}
     for group in wanted:
         rows += told(group, run_group(*group, is_dry=context.is_dry), context)
     return rows
@@ -77,7 +78,8 @@ def _in_turn(wanted: Sequence[Group], context: Context) -> list[dict[str, Any]]:
 
 def in_processes(wanted: Sequence[Group], context: Context) -> list[dict[str, Any]]:
     """As many side by side as there are processors, up to ten: each takes memory of the device."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    context.found = {"rows": rows}
     num_processes = max(1, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1))
     with ThreadPoolExecutor(num_processes) as pool:
         started = [

@@ -62,6 +62,7 @@ def measure(context: Context) -> dict[str, Any]:
     throughput: list[dict[str, Any]] = []
     answers: dict[str, list[list[int]]] = {}
     num_failed = 0
+    context.found = {"steps": steps, "throughput": throughput, "agreement": {}}
     for graphs in (_DRY_GRAPHS if context.is_dry else "auto", "off"):
         if not context.has_seconds(_ENGINE_SECONDS, f"an engine with graphs {graphs}"):
             continue

@@ -52,6 +52,11 @@ def measure(context: Context) -> dict[str, Any]:
     base_rate = _sustainable_rate(engine, _trace(context, 1.0))
     context.say(f"  pool of {pool_tokens:,} tokens, sustains {base_rate:.2f} requests/s")
     rows: list[dict[str, Any]] = []
+    context.found = {
+        "pool_tokens": pool_tokens,
+        "objectives_seconds": [_OBJECTIVES.ttft_seconds, _OBJECTIVES.tbt_seconds],
+        "rows": rows,
+    }
     for times in _DRY_TIMES if context.is_dry else _TIMES[: 2 if context.is_quick else 3]:
         trace = _trace(context, times * base_rate)
         for policy, tiers in _SYSTEMS:
@@ -61,11 +66,7 @@ def measure(context: Context) -> dict[str, Any]:
                 rows[-1] |= {"times": times, "requests_per_second": times * base_rate}
                 _say(context, rows[-1])
     opt_model.detach(loaded.model)
-    return {
-        "pool_tokens": pool_tokens,
-        "objectives_seconds": [_OBJECTIVES.ttft_seconds, _OBJECTIVES.tbt_seconds],
-        "rows": rows,
-    }
+    return context.found
 
 
 def _trace(context: Context, rate: float) -> Trace:

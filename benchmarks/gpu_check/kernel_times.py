@@ -59,27 +59,31 @@ def measure(context: Context) -> dict[str, Any]:
     if context.is_dry:
         batches = _DRY_BATCHES
     rows: list[dict[str, Any]] = []
+    context.found = {"rows": rows, "ratios": []}
     for batch, tokens in batches:
         for model, of_model in models.items():
             shape = replace(of_model, batch=batch, context=tokens)
-            rows += _measure(context, model, shape, _decode_cases)
+            _measure(context, model, shape, _decode_cases, rows)
     for model, of_model in models.items():
-        rows += _measure(context, model, of_model, _other_cases)
+        _measure(context, model, of_model, _other_cases, rows)
     return {"rows": rows, "ratios": ratios(rows)}
 
 
 def _measure(
-    context: Context, model: str, shape: Shape, cases: Callable[[Bench], Iterator[Case]]
-) -> list[dict[str, Any]]:
+    context: Context,
+    model: str,
+    shape: Shape,
+    cases: Callable[[Bench], Iterator[Case]],
+    rows: list[dict[str, Any]],
+) -> None:
     where = f"{model}, {shape.batch} x {shape.context:,}"
     if not context.has_seconds(_CASE_SECONDS, where):
-        return []
+        return
     needed = _MEMORY_FACTOR * shape.batch * shape.context * costs.kv_token_bytes(shape)
     if needed > context.free_bytes():
         context.note(f"{where} left out: takes {needed / 2**30:.0f} GiB of the device's memory")
-        return []
+        return
     context.say(f"  {where} cached tokens")
-    rows = []
     try:
         bench = Bench.make(shape, context.device, is_dry=context.is_dry)
         for case in cases(bench):
@@ -88,7 +92,6 @@ def _measure(
             rows.append(_row(context, model, shape, case))
     except torch.cuda.OutOfMemoryError:
         context.note(f"{where}: out of memory, what follows is left out")
-    return rows
 
 
 def _row(context: Context, model: str, shape: Shape, case: Case) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def make_engine(loaded: LoadedModel, **changes: Any) -> ModelEngine:
 
 
 def detach(model: nn.Module) -> None:
-    """Give back what an engine attached; the engine itself is the caller's to forget."""
+    """Give back what an engine attached; the engine itself is the caller's to forget.
+
+    To the device, too: who looks there for free memory does not see what torch keeps for itself.
+    """
     detach_all(model)
     gc.collect()  # recorded steps are part of cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -46,7 +46,7 @@ _MODULES = {"kernels": "kernel_times"}
 PARTS = (
     Part("correctness", "Kernels against their torch twins", ("triton",), 30, 200),
     Part("ceilings", "What the device reaches", ("triton",), 5, 20),
-    Part("kernels", "Kernels timed", ("triton",), 20, 150),
+    Part("kernels", "Kernels timed", ("triton",), 20, 120),
     Part("end_to_end", "A model of OPT-13B's shape", _ENGINE, 50, 150),
     Part(
         "goodput",
@@ -66,19 +66,22 @@ def run_parts(
     context: Context,
     budget_seconds: float,
     has: Callable[[str], bool] | None = None,
+    run: Callable[[Part, Context], dict[str, Any]] | None = None,
+    keep: Callable[[dict[str, dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, dict[str, Any]]:
     """What each part found, by name, with ``status``, ``seconds`` and ``notes``.
 
     ``status``: ``done``, ``failed: ...`` or ``not run: ...``. No failure stops the next part.
+    ``run`` does a part, :func:`run_here` unless told; ``keep`` is given all results after each.
     """
-    has = has or is_there
+    has, run = has or is_there, run or run_here
     budget = Deadline(budget_seconds)
     found = {}
     for part in parts:
         context.say(f"\n{part.title}")
         lacking = [name for name in part.needs if not has(name)]
         result: dict[str, Any]
-        context.notes = []
+        context.notes, context.found = [], {}
         started = time.monotonic()
         if lacking:
             result = {"status": f"not run: needs {', '.join(lacking)}"}
@@ -89,15 +92,17 @@ def run_parts(
             }
         else:
             context.deadline = budget.within(part.most_seconds)
-            result = _run(part, context)
+            result = run(part, context)
         result["seconds"] = time.monotonic() - started
         result["notes"] = context.notes
         context.say(f"  {result['status']}, {result['seconds']:.1f} s")
         found[part.name] = result
+        keep(found)
     return found
 
 
-def _run(part: Part, context: Context) -> dict[str, Any]:
+def run_here(part: Part, context: Context) -> dict[str, Any]:
+    """What the part found, and its ``status``; of one that broke, what it had found until then."""
     try:
         found = part.measure(context)
         num_failed = found.get("num_failed", 0)
@@ -108,7 +113,7 @@ def _run(part: Part, context: Context) -> dict[str, Any]:
     except Exception as problem:
         context.say(traceback.format_exc())
         text = (str(problem) or "?").strip().splitlines()[0][:300]
-        result = {"status": f"{FAILED}: {type(problem).__name__}: {text}"}
+        result = {"status": f"{FAILED}: {type(problem).__name__}: {text}"} | context.found
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from aptserve_kernels.costs import Gpu
 from aptserve_worker.config import WorkerSettings
 
 from benchmarks.gpu_check import (
+    apart,
     correctness,
     end_to_end,
     kernel_times,
@@ -172,6 +173,82 @@ def test_no_part_stops_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["needs"]["notes"] == []
     assert has_failed(found)
     assert not has_failed({name: found[name] for name in ("lacks", "needs", "long", "fine")})
+
+
+def test_a_part_that_breaks_leaves_what_it_had_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(part: Part, context: Context) -> dict[str, Any]:
+        if part.name == "second":
+            context.found = {"rows": [1, 2]}
+            raise RuntimeError("out of memory")
+        return {"rows": [3]}
+
+    monkeypatch.setattr(Part, "measure", measure)
+    kept: list[dict[str, str]] = []
+    found = run_parts(
+        [make_part("first"), make_part("second"), make_part("third")],
+        make_context(),
+        100.0,
+        keep=lambda all_: kept.append({name: one["status"] for name, one in all_.items()}),
+    )
+    assert found["second"]["rows"] == [1, 2]
+    assert found["second"]["status"] == "failed: RuntimeError: out of memory"
+    assert found["third"]["rows"] == [3]
+    assert [list(names) for names in kept] == [
+        ["first"],
+        ["first", "second"],
+        ["first", "second", "third"],
+    ]
+
+
+def test_a_part_apart_tells_the_next_one_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    context = make_context(wrong_kernels={"sample"})
+    found = apart.run(next(part for part in parts.PARTS if part.name == "ceilings"), context)
+    assert found["status"] == "done"
+    assert context.ceilings is not None
+    assert context.ceilings.bandwidth == found["copy_bytes_per_second"] > 0
+    assert context.wrong_kernels == {"sample"}
+    assert json.dumps(found)
+
+
+LEAVES_SOMETHING = """
+import json, os, pathlib, signal, sys, time
+json.load(sys.stdin)
+told = {"found": {"rows": [7]}, "notes": ["seen"], "wrong_kernels": [], "ceilings": None}
+pathlib.Path(sys.argv[1]).write_text(json.dumps(told))
+"""
+
+
+def run_apart(code: str, context: Context, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What comes of a part whose process runs ``code``."""
+    command = [sys.executable, "-c", code]
+    monkeypatch.setattr(apart, "_command", lambda _, path: [*command, str(path)])
+    return apart.run(make_part("any"), context)
+
+
+@pytest.mark.parametrize(
+    ("ends", "problem"),
+    [
+        ("time.sleep(600)", "not done after 4 s"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "its process ended with -11"),
+        ("sys.exit(3)", "its process ended with 3"),
+    ],
+)
+def test_a_part_apart_that_hangs_or_falls_costs_only_itself(
+    ends: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "_GRACE_SECONDS", 0.0)
+    context = make_context(deadline=Deadline(4.0))
+    found = run_apart(LEAVES_SOMETHING + ends, context, monkeypatch)
+    assert found == {"status": f"failed: {problem}", "rows": [7]}
+    assert context.notes == ["seen"]
+
+
+def test_a_part_apart_that_falls_at_once_has_found_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = run_apart("raise SystemExit(5)", make_context(), monkeypatch)
+    assert found == {"status": "failed: its process ended with 5"}
 
 
 def test_a_part_has_no_more_than_its_own_time() -> None:
