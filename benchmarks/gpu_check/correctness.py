@@ -99,6 +99,8 @@ def _in_process(group: Group, deadline: Deadline, *, is_dry: bool) -> list[dict[
     try:
         done = subprocess.run(
             command + ["--dry-run"] * is_dry,
+            # Some images have it on, and products of float32 come out with 10 bits.
+            env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"},
             capture_output=True,
             text=True,
             timeout=left,

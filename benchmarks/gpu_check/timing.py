@@ -60,11 +60,13 @@ class EventTimer:
     def __init__(self, device: torch.device) -> None:
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self._other = torch.zeros(_CACHE_SIZES * size // 4, device=device)
+        # One for all: cuBLAS keeps a workspace for each stream that it has worked on.
+        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, call: Call) -> Timing:
         call()  # compiles
         torch.cuda.synchronize()
-        run, how = _recorded(call)
+        run, how = self._recorded(call)
         run()
         first = self._measure(run, 1)[0]
         count = min(_MOST, max(_FEWEST, int(_TARGET_SECONDS / max(first, 1e-6))))
@@ -82,20 +84,20 @@ class EventTimer:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) * 1e-3 for start, end in pairs]
 
-
-def _recorded(call: Call) -> tuple[Call, str]:
-    """The call as a graph, or as it is where it waits for the device."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()  # libraries take their workspaces before the recording
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
+    def _recorded(self, call: Call) -> tuple[Call, str]:
+        """The call as a graph, or as it is where it waits for the device."""
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            call()  # libraries take their workspaces before the recording
         torch.cuda.synchronize()
-        return call, "calls"
-    return graph.replay, "graph"
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The outer stream is for a recording that fails: torch would go on with the inner one.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, stream=self._side):
+                call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return call, "calls"
+        return graph.replay, "graph"

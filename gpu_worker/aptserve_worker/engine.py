@@ -418,10 +418,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_engine(settings: WorkerSettings, group: RankGroup = ALONE) -> ModelEngine:
-    """Load the model of ``settings``, or a rank's part of it, and make it ready to run plans."""
+    """Load the model of ``settings``, or a rank's part of it, and make it ready to run plans.
+
+    A GPU that it takes becomes the current one of the calling thread, which is to run the plans.
+    """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device, group.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches, and torch makes streams and events
     loaded = load_model(
         settings.model,
         name=settings.model_name,

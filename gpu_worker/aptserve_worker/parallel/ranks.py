@@ -20,10 +20,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def join_group(settings: WorkerSettings, rank: int, meeting_point: Path) -> RankGroup:
-    """Meet the other ranks; on GPUs the rank's own becomes the current one of the calling thread.
-
-    Raises :class:`UnsupportedModelError` where there are too few GPUs.
-    """
+    """Meet the other ranks. Raises :class:`UnsupportedModelError` where there are too few GPUs."""
     size = settings.tensor_parallel
     device = choose_device(settings.device, rank)
     if device.type == "cuda" and torch.cuda.device_count() < size:
@@ -40,8 +37,6 @@ def join_group(settings: WorkerSettings, rank: int, meeting_point: Path) -> Rank
     os.environ["LOCAL_RANK"] = str(rank)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     is_gpu = device.type == "cuda"
-    if is_gpu:
-        torch.cuda.set_device(device)  # where Triton launches, and torch makes streams and events
     dist.init_process_group(
         "nccl" if is_gpu else "gloo",
         store=FileStore(str(meeting_point), size),

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from aptserve_worker import calibration
+from aptserve_worker import engine as engine_module
 from aptserve_worker.config import WorkerSettings
-from aptserve_worker.engine import ModelEngine
+from aptserve_worker.engine import ModelEngine, load_engine
 from aptserve_worker.model.loading import load_model
 from aptserve_worker.model.probe import UnsupportedModelError
+from aptserve_worker.parallel.group import RankGroup
 from aptserve_worker.plan import (
     BatchPlan,
     FinishReason,
@@ -204,6 +206,26 @@ def test_calibration_gives_usable_coefficients(checkpoint: Checkpoints):
     assert all(v >= 0.0 for v in values)
     assert 0.0 < c.base_seconds + c.seconds_per_sequence + c.seconds_per_token < 1.0
     assert e.allocator.num_free == e.info.num_units
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "index"), [("cuda", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1)]
+)
+def test_kernels_are_launched_where_the_model_is(
+    name: str, rank: int, index: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Triton launches on the current device of the thread, wherever its tensors are."""
+    current: list[torch.device] = []
+
+    def load(*_: object, device: torch.device, **__: object) -> None:
+        assert current == [device]
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(engine_module, "load_model", load)
+    with pytest.raises(InterruptedError):
+        load_engine(WorkerSettings(device=name), RankGroup(rank, 2))
+    assert current == [torch.device("cuda", index)]
 
 
 def test_first_steps_take_nothing_of_the_time_for_calibration(
