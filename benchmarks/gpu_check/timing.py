@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from aptserve_worker.transfer import no_waiting
 
 Call = Callable[[], object]
 
@@ -88,12 +89,12 @@ class EventTimer:
         """The call as a graph, or as it is where it waits for the device."""
         current = torch.cuda.current_stream()
         self._side.wait_stream(current)
-        with torch.cuda.stream(self._side):
-            call()  # libraries take their workspaces before the recording
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
         try:
+            with torch.cuda.stream(self._side), no_waiting():
+                call()  # libraries take their workspaces before the recording
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            graph = torch.cuda.CUDAGraph()
             # The outer stream is for a recording that fails: torch would go on with the inner one.
             with torch.cuda.stream(current), torch.cuda.graph(graph, stream=self._side):
                 call()

@@ -9,7 +9,8 @@ done, so each copy has memory of its own and nothing has to be kept for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,21 @@ def copy_to_device(host: Tensor, target: Tensor) -> None:
 
 def _staged(host: Tensor, device: torch.device) -> Tensor:
     return host if device.type == "cpu" else host.pin_memory()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """RuntimeError, where there is a GPU, from anything that makes the host wait for it.
+
+    To be tried before a CUDA graph is recorded: torch's allocator does not recover from a recording
+    that breaks, and fails when it is next to give memory back.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Fetch:

@@ -28,7 +28,7 @@ from aptserve_worker.model.attention import AttentionStep, DecodeRows
 from aptserve_worker.model.step import Part, decode_batch, filled
 from aptserve_worker.parallel.shard import Shard
 from aptserve_worker.plan import Tier
-from aptserve_worker.transfer import copy_to_device, to_device
+from aptserve_worker.transfer import copy_to_device, no_waiting, to_device
 
 log = structlog.get_logger(__name__)
 
@@ -240,13 +240,22 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._may_wait = True
 
     def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run once, which compiles what has to be, then record."""
+        """Run once, which compiles what has to be, then record.
+
+        Raises RuntimeError where the step waits for the device, before anything is recorded: all
+        steps of a model are alike, so the first one tells.
+        """
         stream, current = self._stream, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream), torch.inference_mode():
             step()
+            if self._may_wait:
+                with no_waiting():
+                    step()
+                self._may_wait = False
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Inference mode begins after the recording: with it torch makes tensors that all graphs

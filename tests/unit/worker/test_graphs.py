@@ -145,7 +145,13 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.streams[-1])
         monkeypatch.setattr(torch.cuda, "stream", self.stream)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        self.sync_mode: int | str = 0
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.sync_mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_sync_mode)
         self.streams.append(FakeStream())
+
+    def set_sync_mode(self, mode: int | str) -> None:
+        self.sync_mode = mode
 
     def replay(self) -> None:
         """Of a graph."""
@@ -189,7 +195,8 @@ def test_recordings_share_a_stream_and_begin_outside_of_inference_mode(
     (stream,) = {stream for stream, _ in (*cuda.recordings, *runs)}
     assert stream is not cuda.streams[-1]
     assert [is_inference for _, is_inference in cuda.recordings] == [False, False]
-    assert [is_inference for _, is_inference in runs] == [True] * 4
+    # The first one twice before it is recorded: once to compile, once to see that nothing waits.
+    assert [is_inference for _, is_inference in runs] == [True] * 5
 
 
 def test_a_recording_that_fails_leaves_the_stream_as_it_was(
@@ -201,10 +208,26 @@ def test_a_recording_that_fails_leaves_the_stream_as_it_was(
 
     def step() -> torch.Tensor:
         runs.append(None)
-        if len(runs) == 2:
+        if len(runs) == 3:
             raise RuntimeError("operation not permitted when stream is capturing")
         return torch.zeros(1)
 
     with pytest.raises(RuntimeError, match="capturing"):
         CudaRecorder()(step)
     assert cuda.streams == before
+
+
+def test_a_step_that_waits_for_the_device_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda(monkeypatch)
+
+    def step() -> torch.Tensor:
+        if cuda.sync_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        CudaRecorder()(step)
+    assert cuda.recordings == []
+    assert cuda.sync_mode == 0
