@@ -38,6 +38,7 @@ from aptserve_scheduler.core.types import (
     WorkerSpec,
     make_many,
 )
+from aptserve_scheduler.core.worker_state import PlanInFlight
 
 __all__ = [
     "BatchPlan",
@@ -50,6 +51,7 @@ __all__ = [
     "NewSequence",
     "Objectives",
     "PlanId",
+    "PlanInFlight",
     "PolicyError",
     "ProtocolViolation",
     "QueueFull",

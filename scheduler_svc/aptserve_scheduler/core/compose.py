@@ -11,9 +11,7 @@ from aptserve_scheduler.core.types import (
     BatchPlan,
     NewSequence,
     PlanId,
-    RequestId,
     ScheduledSequence,
-    SequenceId,
     Tier,
     make_many,
 )
@@ -25,7 +23,15 @@ _TIER_BY_NUMBER[list(Tier)] = list(Tier)
 
 
 def compose(state: State, worker: WorkerState, decision: Decision, now: float) -> BatchPlan:
-    """Enter a decision in the books and make the plan; :class:`PolicyError` leaves all as it was.
+    """:func:`enter_decision`, and the plan for the worker."""
+    entered = enter_decision(state, worker, decision, now)
+    return _batch_plan(state, worker, decision, entered)
+
+
+def enter_decision(
+    state: State, worker: WorkerState, decision: Decision, now: float
+) -> PlanInFlight:
+    """Enter a decision in the books; :class:`PolicyError` leaves all as it was.
 
     Units of the tokens that the plan computes are taken here, those of preempted requests are
     given back here: the worker releases before it runs, so both are true when the plan runs.
@@ -48,19 +54,33 @@ def compose(state: State, worker: WorkerState, decision: Decision, now: float) -
             f"and preemption gives {freed}"
         )
 
-    preempted = tuple(table.request_ids[slot] for slot in decision.preempted.tolist())
     for slot in decision.preempted.tolist():
         state.return_to_queue(slot)
     promoted = ~is_new & (table.tier[slots] != decision.tiers)
+    state.totals.num_promotions += int(np.count_nonzero(promoted))
     worker.ledger.take(growth)
     table.units[slots] = after
     table.num_computed[slots] = ends
     table.in_flight[slots] += 1
     table.tier[slots] = decision.tiers
     _admit(state, worker, slots[is_new], now)
-    return _enter_plan(
-        state, worker, decision, preempted, is_new, promoted, (starts, before, after)
+    plan = PlanInFlight(
+        plan_id=PlanId(worker.next_plan_id),
+        release=worker.take_releases(),
+        slots=slots.copy(),
+        request_ids=tuple([table.request_ids[slot] for slot in slots.tolist()]),
+        sequence_ids=tuple(table.sequence[slots].tolist()),
+        tiers=decision.tiers.copy(),
+        starts=starts,
+        num_tokens=decision.num_tokens.copy(),
+        units_before=before,
+        units_after=after,
+        is_new=is_new,
+        promoted=promoted,
     )
+    worker.next_plan_id += 1
+    worker.in_flight.append(plan)
+    return plan
 
 
 def _check_shape(state: State, worker: WorkerState, decision: Decision) -> None:
@@ -142,55 +162,30 @@ def _admit(state: State, worker: WorkerState, slots: Ints, now: float) -> None:
             request.first_taken_at = now
 
 
-def _enter_plan(
-    state: State,
-    worker: WorkerState,
-    decision: Decision,
-    preempted: tuple[RequestId, ...],
-    is_new: Bools,
-    promoted: Bools,
-    counts: tuple[Ints, Ints, Ints],
+def _batch_plan(
+    state: State, worker: WorkerState, decision: Decision, entered: PlanInFlight
 ) -> BatchPlan:
-    table, slots = state.table, decision.slots
-    starts, before, after = counts
-    sequence_ids: list[SequenceId] = table.sequence[slots].tolist()
-    request_ids = [table.request_ids[slot] for slot in slots.tolist()]
-    plan_id = PlanId(worker.next_plan_id)
-    worker.next_plan_id += 1
-    release = worker.take_releases()
-    changed_tier = promoted.nonzero()[0].tolist()
-    state.totals.num_promotions += len(changed_tier)
-    worker.in_flight.append(
-        PlanInFlight(
-            plan_id=plan_id,
-            release=release,
-            slots=slots.copy(),
-            sequence_ids=tuple(sequence_ids),
-            tiers=decision.tiers.copy(),
-            starts=starts,
-            num_tokens=decision.num_tokens.copy(),
-            units_before=before,
-            units_after=after,
-            promoted=promoted,
-        )
-    )
+    """What the worker is told of a decision that was just entered."""
+    sequence_ids, request_ids = entered.sequence_ids, entered.request_ids
+    changed_tier = entered.promoted.nonzero()[0].tolist()
+    preempted = [state.table.request_ids[slot] for slot in decision.preempted.tolist()]
     return BatchPlan(
-        plan_id=plan_id,
+        plan_id=entered.plan_id,
         worker_id=worker.spec.worker_id,
-        release=release,
+        release=entered.release,
         promote=tuple(sequence_ids[i] for i in changed_tier),
-        new=_new_sequences(state, slots[is_new]),
+        new=_new_sequences(state, entered.slots[entered.is_new]),
         scheduled=make_many(
             ScheduledSequence,
             len(sequence_ids),
             sequence_id=sequence_ids,
             request_id=request_ids,
-            tier=_TIER_BY_NUMBER[decision.tiers].tolist(),
-            num_computed_tokens=starts.tolist(),
-            num_new_tokens=decision.num_tokens.tolist(),
+            tier=_TIER_BY_NUMBER[entered.tiers].tolist(),
+            num_computed_tokens=entered.starts.tolist(),
+            num_new_tokens=entered.num_tokens.tolist(),
         ),
         reason=decision.reason,
-        preempted=preempted,
+        preempted=tuple(preempted),
         promoted=tuple(request_ids[i] for i in changed_tier),
         num_waiting=len(state.waiting),
         num_used_units=worker.ledger.num_used,

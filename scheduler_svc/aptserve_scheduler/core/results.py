@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.core.answer import Answer, enter_answer, follow_count
 from aptserve_scheduler.core.errors import ProtocolViolation
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, RequestTable, Status
+from aptserve_scheduler.core.table import Bools, Status
 from aptserve_scheduler.core.types import (
     Event,
     FinishReason,
@@ -21,7 +22,7 @@ from aptserve_scheduler.core.types import (
     make_many,
 )
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
-from aptserve_scheduler.policies.base import Policy, Service
+from aptserve_scheduler.policies.base import Policy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +39,20 @@ class Match:
         ran = ~self.skipped
         ran[[entry for entry, _ in self.failed]] = False
         return ran
+
+    def answer(self, result: StepResult) -> Answer:
+        """The outputs as columns."""
+        outputs = [output for _, output in self.outputs]
+        token_ids = [output.token_ids for output in outputs]
+        return Answer(
+            entries=np.array([entry for entry, _ in self.outputs], np.int64),
+            num_tokens=np.array(list(map(len, token_ids)), np.int64),
+            token_ids=token_ids,
+            reasons=[output.finish_reason for output in outputs],
+            ran=self.ran(),
+            step_seconds=result.step_seconds,
+            gap_seconds=result.gap_seconds,
+        )
 
 
 def match_result(state: State, worker: WorkerState, result: StepResult) -> Match:
@@ -127,17 +142,10 @@ def check_unit_count(worker: WorkerState, result: StepResult, match: Match) -> N
     worker must be removed.
     """
     plan, count = worker.in_flight[0], worker.count
-    count.forget(plan.release)
-    changed = (plan.units_before != plan.units_after) & ~match.skipped
-    after = plan.units_after.tolist()
-    for entry in np.flatnonzero(changed).tolist():
-        count.record(plan.sequence_ids[entry], after[entry], after[entry])
-    for entry in np.flatnonzero(plan.promoted & match.skipped).tolist():
-        low, _ = count.of(plan.sequence_ids[entry])
-        count.record(plan.sequence_ids[entry], low, after[entry])
+    follow_count(worker, plan, match.skipped)
     for failure in result.failures:
         entry = plan.sequence_ids.index(failure.sequence_id)
-        count.record(failure.sequence_id, 0, after[entry])
+        count.record(failure.sequence_id, 0, int(plan.units_after[entry]))
     if result.num_free_units is None:
         return
     low, high = count.bounds
@@ -159,93 +167,27 @@ def enter_result(
 ) -> list[Event]:
     """Enter a checked answer in the books; returns what happened to the requests, in plan order."""
     plan = worker.in_flight.popleft()
-    if policy.follows_service:
-        policy.served(_service(state, plan, result, match, now))
-    _note_speed(worker, plan, result, match)
-    _note_tokens(state, plan, match, now)
-    table = state.table
-    slots = plan.slots.tolist()
-    is_full = (table.num_known[plan.slots] >= table.max_total[plan.slots]).tolist()
+    finished = enter_answer(state, worker, plan, match.answer(result), now, policy)
+    news = iter(_news_of_tokens(plan, match))
     events: list[Event] = []
-    news = iter(_news_of_tokens(table, slots, match))
     for entry, output in match.outputs:
-        slot = slots[entry]
         if output.token_ids:
             events.append(next(news))
-        reason = output.finish_reason
-        if reason is None and is_full[entry]:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            events.append(state.end(slot, now, reason))
+        if entry in finished:
+            events.append(finished[entry])
     for entry, message in match.failed:
-        events.append(state.end(slots[entry], now, None, message))
-    table.return_from_flight(plan.slots)
+        events.append(state.end(int(plan.slots[entry]), now, None, message))
+    state.table.return_from_flight(plan.slots)
     return events
 
 
-def _news_of_tokens(
-    table: RequestTable, slots: list[int], match: Match
-) -> tuple[TokensAppended, ...]:
+def _news_of_tokens(plan: PlanInFlight, match: Match) -> tuple[TokensAppended, ...]:
     """An event for each output that has tokens."""
     got = [(entry, output) for entry, output in match.outputs if output.token_ids]
     return make_many(
         TokensAppended,
         len(got),
-        request_id=[table.request_ids[slots[entry]] for entry, _ in got],
+        request_id=[plan.request_ids[entry] for entry, _ in got],
         token_ids=[output.token_ids for _, output in got],
         logprobs=[output.logprobs for _, output in got],
     )
-
-
-def _service(
-    state: State, plan: PlanInFlight, result: StepResult, match: Match, now: float
-) -> Service:
-    num_output = np.zeros(len(plan.slots), np.int64)
-    for entry, output in match.outputs:
-        num_output[entry] = len(output.token_ids)
-    got = match.ran() & (state.table.status[plan.slots] != Status.ENDED)
-    return Service(
-        slots=plan.slots[got],
-        num_new_tokens=plan.num_tokens[got],
-        num_output_tokens=num_output[got],
-        seconds=result.step_seconds,
-        now=now,
-    )
-
-
-def _note_speed(worker: WorkerState, plan: PlanInFlight, result: StepResult, match: Match) -> None:
-    worker.num_steps += 1
-    worker.step_seconds += result.step_seconds
-    # The first step has no step before it.
-    worker.gap_seconds += result.gap_seconds if worker.num_steps > 1 else 0.0
-    if worker.learns_costs and (ran := match.ran()).any():
-        worker.cost.observe(plan.cost_features(ran, worker.cost.tiers), result.step_seconds)
-
-
-def _note_tokens(state: State, plan: PlanInFlight, match: Match, now: float) -> None:
-    """Columns and records of all requests that got tokens."""
-    got = [(entry, output) for entry, output in match.outputs if output.token_ids]
-    if not got:
-        return
-    table = state.table
-    slots = plan.slots[[entry for entry, _ in got]]
-    num_tokens = np.array([len(output.token_ids) for _, output in got], np.int64)
-    wait = now - table.pending_since[slots]
-    first = ~table.has_token[slots]
-    table.missed_ttft[slots] |= first & (wait > table.ttft_objective[slots])
-    table.num_gaps[slots] += num_tokens - first
-    table.num_slow_gaps[slots] += ~first & (wait > table.tbt_objective[slots])
-    table.has_token[slots] = True
-    table.judge(slots)
-    table.pending_since[slots] = now
-    table.num_known[slots] += num_tokens
-    state.totals.num_output_tokens += int(num_tokens.sum())
-    for slot, seconds, (_, output) in zip(slots.tolist(), wait.tolist(), got, strict=True):
-        request, tokens = table.request(slot), output.token_ids
-        request.output_token_ids += tokens
-        if request.first_token_at is None:
-            request.first_token_at = now
-        else:
-            request.gap_seconds.append(seconds)
-        if len(tokens) > 1:
-            request.gap_seconds += [0.0] * (len(tokens) - 1)

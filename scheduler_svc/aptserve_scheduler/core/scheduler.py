@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aptserve_scheduler.core.compose import compose
+from aptserve_scheduler.core.answer import enter_plain_answer
+from aptserve_scheduler.core.compose import compose, enter_decision
 from aptserve_scheduler.core.decode_run import DecodeRun, enter_run, find_run
 from aptserve_scheduler.core.errors import DuplicateRequest, QueueFull, RequestTooLarge
 from aptserve_scheduler.core.integrity import check_state
@@ -19,7 +20,7 @@ from aptserve_scheduler.core.problem import build_problem
 from aptserve_scheduler.core.results import check_unit_count, enter_result, match_result
 from aptserve_scheduler.core.snapshot import SchedulerSnapshot, take_snapshot
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Floats
+from aptserve_scheduler.core.table import Floats, Ints
 from aptserve_scheduler.core.types import (
     BatchPlan,
     Event,
@@ -31,7 +32,7 @@ from aptserve_scheduler.core.types import (
     WorkerId,
     WorkerSpec,
 )
-from aptserve_scheduler.core.worker_state import WorkerState
+from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Arrival, BatchProblem, Decision, Policy
 
 _RETRY_BOUNDS_SECONDS = (0.1, 10.0)
@@ -149,8 +150,18 @@ class Scheduler:
             return None
         return compose(self._state, self._state.worker(worker_id), made[1], now)
 
-    def plan_or_run(self, worker_id: WorkerId, now: float) -> BatchPlan | DecodeRun | None:
-        """Like :meth:`plan`, or several iterations at once where the policy would repeat itself.
+    def begin(self, worker_id: WorkerId, now: float) -> PlanInFlight | None:
+        """Like :meth:`plan`, for a simulator: of the plan only what the books hold of it.
+
+        :meth:`complete` takes in its result.
+        """
+        made = self._decide(worker_id, now)
+        if made is None:
+            return None
+        return enter_decision(self._state, self._state.worker(worker_id), made[1], now)
+
+    def begin_or_run(self, worker_id: WorkerId, now: float) -> PlanInFlight | DecodeRun | None:
+        """Like :meth:`begin`, or several iterations at once where the policy would repeat itself.
 
         Of a run some iterations, at least one, are to be entered with :meth:`enter_run` before any
         other event. For simulators: it takes a worker whose every iteration is known beforehand.
@@ -161,7 +172,7 @@ class Scheduler:
         problem, decision = made
         state, worker = self._state, self._state.worker(worker_id)
         run = find_run(state, worker, problem, decision, self.policy)
-        return compose(state, worker, decision, now) if run is None else run
+        return enter_decision(state, worker, decision, now) if run is None else run
 
     def enter_run(self, worker_id: WorkerId, run: DecodeRun, ends: Floats, now: float) -> None:
         """Enter the first iterations of a run that starts now; ``ends`` [steps] are their times."""
@@ -177,6 +188,22 @@ class Scheduler:
         match = match_result(self._state, worker, result)
         check_unit_count(worker, result, match)
         events = enter_result(self._state, worker, result, match, now, self.policy)
+        if self._recheck_sizes:
+            events += self.fail_unservable(now)
+        return events
+
+    def complete(
+        self, worker_id: WorkerId, stops_at: Ints, step_seconds: float, now: float
+    ) -> list[Event]:
+        """Like :meth:`apply` of a flawless answer to the oldest plan in flight, for a simulator.
+
+        Each sequence whose known tokens are all computed gets one more. ``stops_at`` [n], an entry
+        per sequence of the plan: its length, prompt and output, at which the worker ends it.
+        Returns the ends of requests alone: nobody is told of the tokens.
+        """
+        worker = self._state.worker(worker_id)
+        events: list[Event] = []
+        events += enter_plain_answer(self._state, worker, stops_at, step_seconds, now, self.policy)
         if self._recheck_sizes:
             events += self.fail_unservable(now)
         return events

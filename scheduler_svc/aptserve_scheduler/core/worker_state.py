@@ -11,7 +11,7 @@ from aptserve_scheduler.core.cost import CostModel, features
 from aptserve_scheduler.core.ledger import UnitLedger, WorkerCount
 from aptserve_scheduler.core.slot_queue import SlotQueue
 from aptserve_scheduler.core.table import Bools, Floats, Ints, Tiers
-from aptserve_scheduler.core.types import PlanId, SequenceId, Tier, TierSpec, WorkerSpec
+from aptserve_scheduler.core.types import PlanId, RequestId, SequenceId, Tier, TierSpec, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +21,7 @@ class PlanInFlight:
     plan_id: PlanId
     release: tuple[SequenceId, ...]
     slots: Ints
+    request_ids: tuple[RequestId, ...]
     sequence_ids: tuple[SequenceId, ...]
     tiers: Tiers
     starts: Ints
@@ -29,6 +30,8 @@ class PlanInFlight:
     """Tokens computed in the plan."""
     units_before: Ints
     units_after: Ints
+    is_new: Bools
+    """Sequences that start with the plan."""
     promoted: Bools
 
     @property

@@ -1,8 +1,9 @@
 """The event loop of a simulation: arrivals, plans, and results when their time has come.
 
-The scheduler is fed exactly what the live service feeds it. A worker runs its plans one after the
-other; each takes the time that its :class:`StepCost` says, which the scheduler does not know, only
-the estimate that the worker advertised.
+The scheduler decides and keeps its books as in the live service; only the messages of plans and
+results are left out, as both sides are here. A worker runs its plans one after the other; each
+takes the time that its :class:`StepCost` says, which the scheduler does not know, only the estimate
+that the worker advertised.
 """
 
 from __future__ import annotations
@@ -12,40 +13,33 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import repeat
 
 import numpy as np
 from aptserve.evaluation import RequestRecord
 from aptserve.workload import Trace
 
 from aptserve_scheduler.core import (
-    BatchPlan,
     DecodeRun,
     Event,
-    FinishReason,
     Objectives,
+    PlanInFlight,
     RequestFinished,
     RequestId,
     RequestSpec,
     RequestTooLarge,
     Scheduler,
     SchedulerConfig,
-    SequenceId,
-    SequenceOutput,
-    StepResult,
     Tier,
     WorkerId,
-    make_many,
 )
 from aptserve_scheduler.policies import Policy, create_policy
 from aptserve_scheduler.sim.timeline import Timeline, TimelineRecorder
-from aptserve_scheduler.sim.worker import SimWorker
+from aptserve_scheduler.sim.worker import Ints, SimWorker
 
 _NUM_SAMPLES = 400
 """Samples of the timeline over the arrivals; what comes after them adds more."""
 _PROGRESS_EVENTS = 64
 _NUM_TIER_NUMBERS = max(Tier) + 1
-_TOKEN = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +98,8 @@ class _Worker:
     """A worker at work: its plans in order, and when it will be done with all of them."""
 
     sim: SimWorker
-    plans: deque[tuple[BatchPlan, float]] = field(default_factory=deque)
-    """With the seconds that each takes."""
+    plans: deque[tuple[Ints, float]] = field(default_factory=deque)
+    """Of each the lengths at which its requests will end, and the seconds that it takes."""
     free_at: float = 0.0
     somebody_ends: bool = False
     """The iteration after the last run ends a request, so it cannot be part of a run."""
@@ -135,8 +129,8 @@ class _Simulation:
         self._arrivals: list[float] = trace.arrival_seconds.tolist()
         self._num_prompt: list[int] = trace.num_prompt_tokens.tolist()
         self._num_output: list[int] = trace.num_output_tokens.tolist()
+        self._num_total = trace.num_prompt_tokens + trace.num_output_tokens
         self._next_arrival = 0
-        self._num_produced = [0] * len(trace)
         self._records: list[RequestRecord | None] = [None] * len(trace)
         self._num_ended = 0
         self._due: list[tuple[float, int, WorkerId]] = []
@@ -218,8 +212,8 @@ class _Simulation:
             worker = self._workers[worker_id]
             if not worker.plans:
                 continue  # the end of a run, whose iterations are in the books already
-            plan, seconds = worker.plans.popleft()
-            self._note(self._scheduler.apply(worker_id, self._answer(plan, seconds), now))
+            stops_at, seconds = worker.plans.popleft()
+            self._note(self._scheduler.complete(worker_id, stops_at, seconds, now))
 
     def _plan(self, worker_id: WorkerId, worker: _Worker, now: float) -> None:
         if self._may_skip:
@@ -229,30 +223,31 @@ class _Simulation:
             if plan is not None:
                 self._start(worker_id, worker, plan, now)
             return
-        while (plan := self._scheduler.plan(worker_id, now)) is not None:
+        while (plan := self._scheduler.begin(worker_id, now)) is not None:
             self._start(worker_id, worker, plan, now)
 
-    def _plan_or_skip(self, worker_id: WorkerId, worker: _Worker, now: float) -> BatchPlan | None:
+    def _plan_or_skip(
+        self, worker_id: WorkerId, worker: _Worker, now: float
+    ) -> PlanInFlight | None:
         if worker.somebody_ends:
             worker.somebody_ends = False
-            return self._scheduler.plan(worker_id, now)
-        plan = self._scheduler.plan_or_run(worker_id, now)
+            return self._scheduler.begin(worker_id, now)
+        plan = self._scheduler.begin_or_run(worker_id, now)
         if not isinstance(plan, DecodeRun):
             return plan
         if self._skip(worker_id, worker, plan, now):
             return None
-        return self._scheduler.plan(worker_id, now)
+        return self._scheduler.begin(worker_id, now)
 
-    def _start(self, worker_id: WorkerId, worker: _Worker, plan: BatchPlan, now: float) -> None:
-        entries = plan.scheduled
-        seconds = worker.sim.cost.seconds(
-            np.array([entry.num_computed_tokens for entry in entries], np.int64),
-            np.array([entry.num_new_tokens for entry in entries], np.int64),
-            np.array([entry.tier for entry in entries], np.int8),
-        )
+    def _start(self, worker_id: WorkerId, worker: _Worker, plan: PlanInFlight, now: float) -> None:
+        seconds = worker.sim.cost.seconds(plan.starts, plan.num_tokens, plan.tiers)
         worker.free_at = max(now + self._config.planning_seconds, worker.free_at) + seconds
-        worker.plans.append((plan, seconds))
+        worker.plans.append((self._stops_at(plan.request_ids), seconds))
         self._push(worker.free_at, worker_id)
+
+    def _stops_at(self, request_ids: tuple[RequestId, ...]) -> Ints:
+        """[n] tokens, prompt and output, that each of these will have in the end."""
+        return self._num_total[list(map(int, request_ids))]
 
     def _push(self, at: float, worker_id: WorkerId) -> None:
         heapq.heappush(self._due, (at, self._num_due, worker_id))
@@ -265,8 +260,8 @@ class _Simulation:
 
         False, and nothing done, if the very first iteration ends a request.
         """
-        indices = [int(request_id) for request_id in run.request_ids]
-        left = min(self._num_output[i] - self._num_produced[i] for i in indices) - 1
+        # Of what one that is to end still has to come, a token is known, and the last one ends it.
+        left = int((self._stops_at(run.request_ids) - run.num_cached).min()) - 2
         if left < 1:
             return False
         seconds = self._run_seconds(worker.sim, run, min(run.max_steps, left))
@@ -279,8 +274,6 @@ class _Simulation:
         num_steps = 1 + int(ends[:-1].searchsorted(until))
         ends = ends[:num_steps]
         self._scheduler.enter_run(worker_id, run, ends, now)
-        for index in indices:
-            self._num_produced[index] += num_steps
         worker.somebody_ends = num_steps == left
         worker.free_at = float(ends[-1])
         self._push(worker.free_at, worker_id)
@@ -297,38 +290,6 @@ class _Simulation:
         return worker.cost.decode_seconds(
             num_sequences, cached.astype(np.int64) + steps * num_sequences
         )
-
-    def _answer(self, plan: BatchPlan, seconds: float) -> StepResult:
-        """What a worker would say: a token for each sequence that is through with what it knows."""
-        sequence_ids: list[SequenceId] = []
-        reasons: list[FinishReason | None] = []
-        skipped: list[SequenceId] = []
-        stop = FinishReason.STOP  # looking it up takes longer than the rest of a turn
-        num_produced, num_output, num_prompt = (
-            self._num_produced,
-            self._num_output,
-            self._num_prompt,
-        )
-        for entry in plan.scheduled:
-            index = int(entry.request_id)
-            if self._records[index] is not None:
-                skipped.append(entry.sequence_id)
-                continue
-            known = num_prompt[index] + num_produced[index]
-            if entry.num_computed_tokens + entry.num_new_tokens < known:
-                continue
-            num_produced[index] += 1
-            sequence_ids.append(entry.sequence_id)
-            reasons.append(stop if num_produced[index] == num_output[index] else None)
-        outputs = make_many(
-            SequenceOutput,
-            len(sequence_ids),
-            sequence_id=sequence_ids,
-            token_ids=repeat(_TOKEN),
-            finish_reason=reasons,
-            logprobs=repeat(None),
-        )
-        return StepResult(plan.plan_id, outputs, seconds, skipped=tuple(skipped))
 
     def _note(self, events: list[Event]) -> None:
         for event in events:

@@ -69,7 +69,7 @@ def play(
             at, spec = pending.pop(0)
             known[spec.request_id] = len(spec.prompt_token_ids)
             scheduler.add_request(spec, at)
-        plan = (scheduler.plan_or_run if in_runs else scheduler.plan)(WORKER, now)
+        plan = (scheduler.begin_or_run if in_runs else scheduler.plan)(WORKER, now)
         scheduler.check_integrity()
         if isinstance(plan, DecodeRun):
             until = min(plan.until, pending[0][0] if pending else np.inf)
@@ -82,7 +82,14 @@ def play(
             now += num_steps * STEP
         elif plan is not None:
             now += STEP
-            for event in scheduler.apply(WORKER, answer(plan, known), now):
+            if isinstance(plan, BatchPlan):
+                events = scheduler.apply(WORKER, answer(plan, known), now)
+            else:
+                for request_id, end in zip(plan.request_ids, plan.ends.tolist(), strict=True):
+                    known[request_id] += end == known[request_id]
+                never = np.full(len(plan.slots), 10**6)
+                events = scheduler.complete(WORKER, never, STEP, now)
+            for event in events:
                 if isinstance(event, RequestFinished):
                     ended[event.request_id] = event
         else:
@@ -122,7 +129,7 @@ def test_a_run_has_bounds() -> None:
     plan = scheduler.plan(WORKER, 0.0)
     assert plan is not None
     scheduler.apply(WORKER, answer(plan, {"r": 8}), STEP)
-    run = scheduler.plan_or_run(WORKER, STEP)
+    run = scheduler.begin_or_run(WORKER, STEP)
     assert isinstance(run, DecodeRun)
     with pytest.raises(ValueError, match=f"0 steps of a run of at most {run.max_steps}"):
         scheduler.enter_run(WORKER, run, np.zeros(0), STEP)
@@ -143,7 +150,7 @@ def test_a_run_lasts_as_long_as_the_memory() -> None:
         plan = scheduler.plan(WORKER, 0.0)
         assert plan is not None
         scheduler.apply(WORKER, answer(plan, known), STEP)
-        run = scheduler.plan_or_run(WORKER, STEP)
+        run = scheduler.begin_or_run(WORKER, STEP)
         if not isinstance(run, DecodeRun):
             continue  # not all of them fit for a first step
         num_steps = run.max_steps
