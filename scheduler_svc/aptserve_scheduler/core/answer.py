@@ -157,8 +157,9 @@ def _note_tokens(state: State, plan: PlanInFlight, answer: Answer, now: float) -
     table.pending_since[slots] = now
     table.num_known[slots] += num_tokens
     state.totals.num_output_tokens += int(num_tokens.sum())
-    for slot, seconds, tokens in zip(slots.tolist(), wait.tolist(), token_ids, strict=False):
-        request = table.request(slot)
+    for request, seconds, tokens in zip(
+        table.records(slots), wait.tolist(), token_ids, strict=False
+    ):
         request.output_token_ids += tokens
         if request.first_token_at is None:
             request.first_token_at = now

@@ -18,6 +18,8 @@ from aptserve_scheduler.core.types import (
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Decision
 
+# Plain numbers, with which numpy compares several times faster than with enumeration members.
+_KV, _HIDDEN = int(Tier.KV), int(Tier.HIDDEN)
 _TIER_BY_NUMBER = np.full(max(Tier) + 1, None, np.object_)
 _TIER_BY_NUMBER[list(Tier)] = list(Tier)
 
@@ -137,7 +139,7 @@ def _check_residents(worker: WorkerState, decision: Decision, is_new: Bools) -> 
 def _check_tiers(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:
     held = state.table.tier[decision.slots]
     kept = is_new | (decision.tiers == held)
-    promotion = (held == Tier.HIDDEN) & (decision.tiers == Tier.KV)
+    promotion = (held == _HIDDEN) & (decision.tiers == _KV)
     offered = worker.is_usable_tier[decision.tiers]
     if not (offered & (kept | promotion)).all():
         raise PolicyError("a tier is chosen that the worker lacks or the request cannot change to")

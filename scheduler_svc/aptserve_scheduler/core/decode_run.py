@@ -148,7 +148,6 @@ def _note_gaps(state: State, slots: Ints, ends: Floats) -> None:
     table.pending_since[slots] = ends[-1]
     gaps = [0.0, *later_gaps.tolist()]
     new_tokens = [0] * num_steps
-    for slot, gaps[0] in zip(slots.tolist(), first_gaps.tolist(), strict=True):
-        request = table.request(slot)
+    for request, gaps[0] in zip(table.records(slots), first_gaps.tolist(), strict=True):
         request.gap_seconds += gaps
         request.output_token_ids += new_tokens

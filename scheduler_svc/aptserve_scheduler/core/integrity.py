@@ -31,7 +31,7 @@ def _require(holds: bool, message: str) -> None:
 
 def _check_rows(state: State) -> None:
     table = state.table
-    by_status = np.bincount(table.status, minlength=len(Status))
+    by_status = np.bincount(table.status, minlength=Status.ENDED + 1)
     num_live = int(by_status[Status.WAITING] + by_status[Status.RUNNING])
     _require(len(table) == num_live, f"{len(table)} request ids for {num_live} live rows")
     _require(

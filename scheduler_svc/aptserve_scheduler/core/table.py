@@ -7,7 +7,6 @@ specification, the tokens, the times for the final report) stands in :class:`Req
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,12 @@ NO_WORKER = -1
 NO_SEQUENCE = 0
 
 
-class Status(IntEnum):
-    """Where a slot is in its life. ``ENDED`` rows wait for their plans in flight to come back."""
+class Status:
+    """Where a slot is in its life. ``ENDED`` rows wait for their plans in flight to come back.
+
+    Plain numbers, not an enumeration: every iteration compares columns with them, and numpy takes
+    several times as long to compare with a member of one.
+    """
 
     FREE = 0
     WAITING = 1
@@ -197,6 +200,14 @@ class RequestTable:
         if request is None:
             raise LookupError(f"slot {slot} holds no request")
         return request
+
+    def records(self, slots: Ints) -> list[Request]:
+        """The records of rows in use."""
+        requests = self.requests
+        records = [row for slot in slots.tolist() if (row := requests[slot]) is not None]
+        if len(records) < len(slots):
+            raise LookupError(f"not all of the slots {slots.tolist()} hold a request")
+        return records
 
     def num_tokens(self, slots: Ints) -> Ints:
         """Length of each request in tokens, those that plans in flight will sample included."""

@@ -98,6 +98,8 @@ from aptserve_scheduler.policies.overdue import InLine, overdue_at, overdue_line
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.room import Room
 
+# Plain numbers, with which numpy compares several times faster than with enumeration members.
+_KV, _HIDDEN = int(Tier.KV), int(Tier.HIDDEN)
 _MOST_LIVE = 256
 """Waiting requests that must start first, and no more, are planned for in an iteration."""
 _SPARE_SHARE = 0.2
@@ -150,6 +152,7 @@ class AptSloPolicy(Policy):
         elif not self.config.pauses:
             self.name = "apt-slo:steady"
         self._history = OutputPredictor()
+        self._latest: _Round | None = None
 
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
         """All of them."""
@@ -157,7 +160,8 @@ class AptSloPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """One mixed batch."""
-        return _Round(problem, self.config, self._history).decide()
+        self._latest = _Round(problem, self.config, self._history)
+        return self._latest.decide()
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
         """As long as all running decode and the shortest that waits lacks memory.
@@ -169,21 +173,18 @@ class AptSloPolicy(Policy):
         running, waiting, config = problem.running, problem.waiting, self.config
         if not decodes_all_running(problem, decision):
             return THIS_ITERATION
-        outlook = Outlook(problem, self._history)
+        made = self._latest
+        if made is None or made.problem is not problem:
+            made = _Round(problem, config, self._history)
+        outlook = made.outlook
         num_free = problem.num_free_units - int(outlook.growth.sum())
         if not len(waiting):
             is_short = num_free <= int(_SPARE_SHARE * problem.num_units)
-            stay = is_short or (running.tiers == Tier.KV).all()
+            stay = is_short or (running.tiers == _KV).all()
             return Horizon() if stay else THIS_ITERATION
-        line = overdue_line(
-            problem,
-            outlook,
-            patience_seconds=config.patience_seconds,
-            lane_share=config.lane_share,
-        )
         # Of the late only the head is sure to keep its memory: who follows may lose the right to.
         may_lose = running.missed.copy()
-        may_lose[[row for runs, row in line[:1] if runs]] = False
+        may_lose[[row for runs, row in made.line[:1] if runs]] = False
         num_reachable = num_free + int((running.num_units + outlook.growth)[may_lose].sum())
         if num_reachable >= outlook.least_first_units:
             return THIS_ITERATION
@@ -207,16 +208,17 @@ class _Round:
     ) -> None:
         self.problem, self.config = problem, config
         self.outlook = Outlook(problem, history)
+        self.line = overdue_line(
+            problem,
+            self.outlook,
+            patience_seconds=config.patience_seconds,
+            lane_share=config.lane_share,
+        )
 
     def decide(self) -> Decision | None:
         """The batch; see the head of this file."""
         problem, running, outlook = self.problem, self.problem.running, self.outlook
-        line = overdue_line(
-            problem,
-            outlook,
-            patience_seconds=self.config.patience_seconds,
-            lane_share=self.config.lane_share,
-        )
+        line = self.line
         in_line = np.zeros(len(running), np.bool_)
         in_line[[row for runs, row in line if runs]] = True
         self.room = Room(
@@ -342,9 +344,9 @@ class _Round:
         memory = outlook.units_by(deadlines, room.num_reachable, goes_on)
         lighter = np.exp2(-problem.waiting.priorities[rows])
         return keep_most(
-            np.stack([num_units.astype(np.float64), seconds]),
-            np.stack([memory, time]),
-            np.stack([outlook.waiting_costs(rows) * lighter, seconds * lighter]),
+            demands=(num_units.astype(np.float64), seconds),
+            supplies=(memory, time),
+            costs=(outlook.waiting_costs(rows) * lighter, seconds * lighter),
         )
 
     def _admit_late(self) -> None:
@@ -381,7 +383,7 @@ class _Round:
         problem, running, outlook = self.problem, self.problem.running, self.outlook
         tiers = running.tiers[rows]
         spare = self.room.num_free - int(_SPARE_SHARE * problem.num_units)
-        may = (tiers == Tier.HIDDEN) & outlook.decodes[rows]
+        may = (tiers == _HIDDEN) & outlook.decodes[rows]
         if spare <= 0 or not np.count_nonzero(may):
             return tiers
         kv = outlook.kv.tier
@@ -414,7 +416,7 @@ class _Round:
             preempted=running.slots[preempted],
             reason=(
                 f"{len(rows)} go on, {num_started} start "
-                f"({np.count_nonzero(chosen.started_tiers != Tier.KV)} not in KV), "
+                f"({np.count_nonzero(chosen.started_tiers != _KV)} not in KV), "
                 f"{len(preempted)} give way ({num_late} of them late); "
                 f"{len(waiting) - num_started} wait, {num_too_late} "
                 f"waited too long to be in time; {int(num_tokens.sum())} tokens in about "

@@ -8,7 +8,8 @@ costs somebody is left out, so the result is a good one and not proven to be the
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from collections.abc import Sequence
+from heapq import heappop, heappush, heappushpop
 
 import numpy as np
 
@@ -16,43 +17,83 @@ from aptserve_scheduler.policies.base import Bools, Floats, Ints
 from aptserve_scheduler.policies.common import indices
 
 
-def keep_most(demands: Floats, supplies: Floats, costs: Floats) -> Bools:
+def keep_most(
+    demands: Sequence[Floats], supplies: Sequence[Floats], costs: Sequence[Floats]
+) -> Bools:
     """Keep as many of n requests, in order of deadline, as k resources allow.
 
     ``demands`` [k, n], not negative: what each request needs; ``supplies`` [k, n]: what there is,
     until its deadline, for it and all kept before it; ``costs`` [k, n]: when resource k runs short,
     the most costly so far is left out first. Returns [n] who is kept.
     """
-    kept = np.ones(demands.shape[1], np.bool_)
-    totals = np.cumsum(demands, axis=1)
-    is_short = totals > supplies
+    totals = [demand.cumsum() for demand in demands]
+    is_short = [total > supply for total, supply in zip(totals, supplies, strict=True)]
     # What suffices for everybody suffices for those who are kept.
-    scarce = is_short.any(axis=1)
-    if not scarce.any():
+    scarce = [k for k, short in enumerate(is_short) if short.any()]
+    if not scarce:
+        return np.ones(len(demands[0]), np.bool_)
+    first = min(int(is_short[k].argmax()) for k in scarce)
+    resources = [
+        _Scarce(demands[k], supplies[k], costs[k], first, float(totals[k][first])) for k in scarce
+    ]
+    if len(resources) == 1:
+        return resources[0].kept_alone()
+    return _kept_of_several(resources)
+
+
+class _Scarce:
+    """A resource that runs out at the ``first`` request or later: what is used of it before, and a
+    heap of the ranks by cost of who is kept, the costliest (of equal ones the first) on top."""
+
+    def __init__(
+        self, demand: Floats, supply: Floats, cost: Floats, first: int, total: float
+    ) -> None:
+        self.first = first
+        self.needs: list[float] = demand.tolist()
+        self.limits: list[float] = supply.tolist()
+        self.used = total - self.needs[first]
+        self.by_cost = (-cost).argsort(kind="stable")
+        self.row_at: list[int] = self.by_cost.tolist()
+        ranks = np.empty_like(self.by_cost)
+        ranks[self.by_cost] = np.arange(len(ranks))
+        self.rank_of: list[int] = ranks.tolist()
+        self.heap = sorted(self.rank_of[:first])
+
+    def kept_alone(self) -> Bools:
+        """[n] who is kept when nothing else is scarce: whoever is in the heap in the end."""
+        first, used, heap = self.first, self.used, self.heap
+        needs, row_at = self.needs, self.row_at
+        for need, limit, rank in zip(
+            needs[first:], self.limits[first:], self.rank_of[first:], strict=True
+        ):
+            used += need
+            if used <= limit:
+                heappush(heap, rank)
+                continue
+            used -= needs[row_at[heappushpop(heap, rank)]]
+            while used > limit and heap:
+                used -= needs[row_at[heappop(heap)]]
+        kept = np.zeros(len(needs), np.bool_)
+        kept[self.by_cost[heap]] = True
         return kept
-    first = int(is_short.any(axis=0).argmax())
-    needs: list[list[float]] = demands[scarce].tolist()
-    limits: list[list[float]] = supplies[scarce].tolist()
-    used: list[float] = (totals[scarce, first] - demands[scarce, first]).tolist()
-    # Ranks by cost of those seen so far, the costliest (of equal ones the first) on top.
-    by_cost = [np.argsort(-row, kind="stable") for row in costs[scarce]]
-    row_at: list[list[int]] = [rows.tolist() for rows in by_cost]
-    rank_of: list[list[int]] = [rows.argsort().tolist() for rows in by_cost]
-    heaps = [sorted(ranks[:first]) for ranks in rank_of]
-    is_kept = bytearray(b"\1") * len(kept)
-    resources = range(len(needs))
-    for row in range(first, len(kept)):
+
+
+def _kept_of_several(resources: list[_Scarce]) -> Bools:
+    """[n] who is kept; a heap may still hold some who were left out for another resource."""
+    first, num = resources[0].first, len(resources[0].needs)
+    is_kept = bytearray(b"\1") * num
+    for row in range(first, num):
         for resource in resources:
-            used[resource] += needs[resource][row]
-            heappush(heaps[resource], rank_of[resource][row])
+            resource.used += resource.needs[row]
+            heappush(resource.heap, resource.rank_of[row])
         for resource in resources:
-            heap, limit = heaps[resource], limits[resource][row]
-            while used[resource] > limit and heap:
-                out = row_at[resource][heappop(heap)]
+            heap, limit = resource.heap, resource.limits[row]
+            while resource.used > limit and heap:
+                out = resource.row_at[heappop(heap)]
                 if is_kept[out]:
                     is_kept[out] = False
                     for other in resources:
-                        used[other] -= needs[other][out]
+                        other.used -= other.needs[out]
     return np.frombuffer(is_kept, np.bool_)
 
 

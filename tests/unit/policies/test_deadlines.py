@@ -52,6 +52,19 @@ def test_no_supply_at_all_leaves_out_everybody() -> None:
     assert kept([1, 1], [-1, 0]) == []
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_one_resource_alone_is_shared_as_among_several(seed: int) -> None:
+    """Counted twice, a resource takes the way for several, and leaves out the same."""
+    rng = np.random.default_rng(seed)
+    num = int(rng.integers(1, 60))
+    demands = rng.uniform(0.0, 10.0, num) * rng.integers(0, 2, num)
+    supplies = rng.uniform(-1.0, 2.0 * num, num)
+    costs = rng.integers(0, 20, num).astype(np.float64)
+    alone = keep_most([demands], [supplies], [costs])
+    twice = keep_most([demands] * 2, [supplies] * 2, [costs] * 2)
+    assert alone.tolist() == twice.tolist()
+
+
 def test_each_resource_leaves_out_by_its_own_costs() -> None:
     memory, time = [4.0, 1.0, 1.0], [1.0, 5.0, 1.0]
     demands = np.array([memory, time])
