@@ -157,13 +157,13 @@ def _note_tokens(state: State, plan: PlanInFlight, answer: Answer, now: float) -
     table.pending_since[slots] = now
     table.num_known[slots] += num_tokens
     state.totals.num_output_tokens += int(num_tokens.sum())
-    for request, seconds, tokens in zip(
-        table.records(slots), wait.tolist(), token_ids, strict=False
-    ):
+    records = table.records(slots)
+    for request, seconds, tokens in zip(records, wait.tolist(), token_ids, strict=False):
         request.output_token_ids += tokens
         if request.first_token_at is None:
             request.first_token_at = now
         else:
             request.gap_seconds.append(seconds)
-        if len(tokens) > 1:
-            request.gap_seconds += [0.0] * (len(tokens) - 1)
+    if num_tokens.max() > 1:
+        for request, num in zip(records, num_tokens.tolist(), strict=True):
+            request.gap_seconds += [0.0] * (num - 1)

@@ -60,7 +60,13 @@ class SlotQueue:
 
     def remove(self, order: int) -> None:
         """Take out the slot with this arrival number; LookupError if it is not here."""
-        self.remove_many(np.array([order], np.int64))
+        size = self._size
+        place = int(self.orders.searchsorted(order))
+        if place == size or self._orders[place] != order:
+            raise LookupError(f"arrival number {order} is not in this queue")
+        self._orders[place : size - 1] = self._orders[place + 1 : size].copy()
+        self._slots[place : size - 1] = self._slots[place + 1 : size].copy()
+        self._size = size - 1
 
     def remove_many(self, orders: Ints) -> None:
         """Take out the slots with these arrival numbers; LookupError if one is not here."""

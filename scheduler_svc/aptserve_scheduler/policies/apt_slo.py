@@ -288,6 +288,8 @@ class _Round:
         rows, deadlines = self._live_by_deadline()
         if not len(rows):
             return True
+        if not self._may_start_one_of(rows):
+            return False
         kept = self._kept(rows, deadlines)
         in_time, put_off = rows[kept], rows[~kept]
         fits = first_fits(self.outlook.first_units[in_time], self.room.num_reachable)
@@ -303,6 +305,15 @@ class _Round:
         if not self._start_free(put_off[fits]):
             return False
         return self._start_by_pausing(put_off[~fits])
+
+    def _may_start_one_of(self, rows: Ints) -> bool:
+        """Whether there is memory for any of these, whoever of them is put off."""
+        first_units = self.outlook.first_units[rows]
+        if int(first_units.min()) <= self.room.num_reachable:
+            return True
+        cannot_wait = np.isfinite(self.problem.waiting.miss_after_seconds[rows])
+        least = first_units[cannot_wait].min(initial=self.problem.num_units + 1)
+        return self.room.num_by_pausing >= int(least)
 
     def _start_by_pausing(self, rows: Ints) -> bool:
         """Begin those who cannot wait in the place of others who can; False: nothing is left."""

@@ -49,51 +49,50 @@ class _Scarce:
         self, demand: Floats, supply: Floats, cost: Floats, first: int, total: float
     ) -> None:
         self.first = first
-        self.needs: list[float] = demand.tolist()
+        self.demand = demand
         self.limits: list[float] = supply.tolist()
-        self.used = total - self.needs[first]
-        self.by_cost = (-cost).argsort(kind="stable")
-        self.row_at: list[int] = self.by_cost.tolist()
-        ranks = np.empty_like(self.by_cost)
-        ranks[self.by_cost] = np.arange(len(ranks))
+        self.used = total - float(demand[first])
+        self.row_at = (-cost).argsort(kind="stable")
+        """By rank."""
+        ranks = np.empty_like(self.row_at)
+        ranks[self.row_at] = np.arange(len(ranks))
         self.rank_of: list[int] = ranks.tolist()
         self.heap = sorted(self.rank_of[:first])
 
     def kept_alone(self) -> Bools:
         """[n] who is kept when nothing else is scarce: whoever is in the heap in the end."""
         first, used, heap = self.first, self.used, self.heap
-        needs, row_at = self.needs, self.row_at
-        for need, limit, rank in zip(
-            needs[first:], self.limits[first:], self.rank_of[first:], strict=True
-        ):
-            used += need
+        need_at: list[float] = self.demand[self.row_at].tolist()
+        for limit, rank in zip(self.limits[first:], self.rank_of[first:], strict=True):
+            used += need_at[rank]
             if used <= limit:
                 heappush(heap, rank)
                 continue
-            used -= needs[row_at[heappushpop(heap, rank)]]
+            used -= need_at[heappushpop(heap, rank)]
             while used > limit and heap:
-                used -= needs[row_at[heappop(heap)]]
-        kept = np.zeros(len(needs), np.bool_)
-        kept[self.by_cost[heap]] = True
+                used -= need_at[heappop(heap)]
+        kept = np.zeros(len(self.demand), np.bool_)
+        kept[self.row_at[heap]] = True
         return kept
 
 
 def _kept_of_several(resources: list[_Scarce]) -> Bools:
     """[n] who is kept; a heap may still hold some who were left out for another resource."""
-    first, num = resources[0].first, len(resources[0].needs)
+    first, num = resources[0].first, len(resources[0].demand)
+    needs: list[list[float]] = [resource.demand.tolist() for resource in resources]
     is_kept = bytearray(b"\1") * num
     for row in range(first, num):
-        for resource in resources:
-            resource.used += resource.needs[row]
+        for resource, need in zip(resources, needs, strict=True):
+            resource.used += need[row]
             heappush(resource.heap, resource.rank_of[row])
         for resource in resources:
             heap, limit = resource.heap, resource.limits[row]
             while resource.used > limit and heap:
-                out = resource.row_at[heappop(heap)]
+                out = int(resource.row_at[heappop(heap)])
                 if is_kept[out]:
                     is_kept[out] = False
-                    for other in resources:
-                        other.used -= other.needs[out]
+                    for other, need in zip(resources, needs, strict=True):
+                        other.used -= need[out]
     return np.frombuffer(is_kept, np.bool_)
 
 

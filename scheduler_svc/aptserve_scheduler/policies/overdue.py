@@ -72,10 +72,11 @@ def overdue_at(problem: BatchProblem, outlook: Outlook, *, patience_seconds: flo
 def _is_overdue(candidates: Candidates, is_late: Bools, patience_seconds: float) -> Bools:
     """[n] who is late and too old, or without a token for as long although that is forgiven."""
     most_seconds = candidates.ttft_seconds + patience_seconds
-    # The second must hold until the token is there: a prompt under way could be paused again.
-    is_paused = np.isinf(candidates.miss_after_seconds)
-    is_paused &= candidates.pending_seconds > most_seconds
-    over: Bools = is_late & (candidates.age_seconds > most_seconds) | is_paused
+    over: Bools = is_late & (candidates.age_seconds > most_seconds)
+    may_be_paused = np.isinf(candidates.miss_after_seconds)
+    if np.count_nonzero(may_be_paused):
+        # It must hold until the token is there: a prompt under way could be paused again.
+        over |= may_be_paused & (candidates.pending_seconds > most_seconds)
     return over
 
 

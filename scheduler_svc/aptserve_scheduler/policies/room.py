@@ -58,6 +58,11 @@ class Room:
         return self.num_free + self._held_by(self._late)
 
     @property
+    def num_by_pausing(self) -> int:
+        """Units held by those whose pause pays."""
+        return self._held_by(self._worth_pausing())
+
+    @property
     def has_late(self) -> bool:
         """Whether a late request could give way."""
         return bool(self._late)
@@ -89,9 +94,7 @@ class Room:
 
     def take_by_pausing(self, num_units: int) -> bool:
         """A place for a request that needs so much, all of it from some whose pause pays."""
-        if not self._patient:
-            return False
-        rows = [row for row in self._patient if self._is_worth_it[row]]
+        rows = self._worth_pausing()
         if self._held_by(rows) < num_units:
             return False
         before = self.num_free
@@ -101,6 +104,10 @@ class Room:
             self._patient.remove(row)
             self._evict(row)
         return self.take(num_units)
+
+    def _worth_pausing(self) -> list[int]:
+        """Those whose pause pays, the costliest first."""
+        return [row for row in self._patient if self._is_worth_it[row]] if self._patient else []
 
     @cached_property
     def _is_worth_it(self) -> list[bool]:

@@ -129,7 +129,12 @@ class _Simulation:
         self._arrivals: list[float] = trace.arrival_seconds.tolist()
         self._num_prompt: list[int] = trace.num_prompt_tokens.tolist()
         self._num_output: list[int] = trace.num_output_tokens.tolist()
-        self._num_total = trace.num_prompt_tokens + trace.num_output_tokens
+        self._num_total = {
+            RequestId(str(index)): num_prompt + num_output
+            for index, (num_prompt, num_output) in enumerate(
+                zip(self._num_prompt, self._num_output, strict=True)
+            )
+        }
         self._next_arrival = 0
         self._records: list[RequestRecord | None] = [None] * len(trace)
         self._num_ended = 0
@@ -247,7 +252,7 @@ class _Simulation:
 
     def _stops_at(self, request_ids: tuple[RequestId, ...]) -> Ints:
         """[n] tokens, prompt and output, that each of these will have in the end."""
-        return self._num_total[list(map(int, request_ids))]
+        return np.array([self._num_total[request_id] for request_id in request_ids], np.int64)
 
     def _push(self, at: float, worker_id: WorkerId) -> None:
         heapq.heappush(self._due, (at, self._num_due, worker_id))

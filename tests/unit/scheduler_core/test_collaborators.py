@@ -41,7 +41,7 @@ def test_a_queue_does_not_remove_what_it_does_not_hold(order: int) -> None:
     queue = SlotQueue()
     queue.add(10, 1)
     queue.add(30, 3)
-    with pytest.raises(LookupError, match="not all in this queue"):
+    with pytest.raises(LookupError, match="not in this queue"):
         queue.remove(order)
     assert queue.slots.tolist() == [10, 30]
 
