@@ -137,6 +137,8 @@ class View(NamedTuple):
 def _decode_step_seconds(figures: TierFigures, tiers: Tiers, num_cached: Ints) -> float:
     """Time of a decode of requests with these caches, by the cost model; always positive."""
     cost = figures.cost
-    cached = float(figures.cached_seconds[tiers] @ num_cached)
+    # Tokens by tier first: a product as long as the batch goes to threads that take milliseconds.
+    tokens = np.bincount(tiers, num_cached, _NUM_TIER_NUMBERS)
+    cached = float(figures.cached_seconds @ tokens)
     per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
     return max(cost.base_seconds + per_sequence * len(tiers) + cached, _SHORTEST_SECONDS)
