@@ -30,7 +30,8 @@ from typing import NamedTuple
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
-from aptserve_scheduler.policies.apt_view import HEADROOM, TierFigures, View
+from aptserve_scheduler.policies.apt_horizon import repeats
+from aptserve_scheduler.policies.apt_view import TierFigures, View, has_place, num_hurt
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     BatchProblem,
@@ -42,7 +43,6 @@ from aptserve_scheduler.policies.base import (
     Ints,
     Policy,
     Tiers,
-    decodes_all_running,
 )
 from aptserve_scheduler.policies.common import (
     Continuation,
@@ -58,7 +58,6 @@ Solver = Callable[[Knapsack], Ints]
 ALMOST_NOTHING = 1e-6
 """Factor on the value of a request that missed its objectives; order among the missed is kept."""
 _KV = int(Tier.KV)
-_HIDDEN = int(Tier.HIDDEN)
 
 
 class AptPolicy(Policy):
@@ -68,7 +67,8 @@ class AptPolicy(Policy):
 
     def __init__(self, solver: Solver = solve) -> None:
         self._solver = solver
-        self._figures: TierFigures | None = None
+        self._view: View | None = None
+        """Of the latest decision."""
 
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
         """All of them."""
@@ -76,8 +76,9 @@ class AptPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """The preferred kind of iteration if anything can take part in it, else the other one."""
-        self._figures = figures = TierFigures.of(problem, self._figures)
-        view = View.of(problem, figures)
+        last = self._view
+        view = View.of(problem, TierFigures.of(problem, last and last.figures))
+        self._view = view
         kinds = (_prefill, _decode) if view.prefers_prefill else (_decode, _prefill)
         for kind in kinds:
             decision = kind(problem, view, self._solver)
@@ -86,18 +87,8 @@ class AptPolicy(Policy):
         return make_room_for_oldest(problem)
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
-        """Without end when all running decode in KV and nobody can start: what is free shrinks.
-
-        A hidden cache may become worth promoting at any time.
-        """
-        if len(decision.slots) != len(problem.running):
-            return THIS_ITERATION
-        in_kv = bool((problem.running.tiers == _KV).all())
-        if not in_kv or not decodes_all_running(problem, decision):
-            return THIS_ITERATION
-        room = problem.num_free_units - int(HEADROOM * problem.num_units)
-        figures = TierFigures.of(problem, self._figures)
-        return THIS_ITERATION if _has_place(problem, figures, room) else Horizon()
+        """See :mod:`~aptserve_scheduler.policies.apt_horizon`."""
+        return THIS_ITERATION if self._view is None else repeats(problem, self._view, decision)
 
 
 def _values(
@@ -112,7 +103,7 @@ def _values(
     ``extra`` [k, n]: seconds that the option adds to the iteration; ``offered`` [k, n]: whether the
     request has the option. ``pending`` and ``missed`` are [n].
     """
-    values = pending - _num_hurt(problem) * extra
+    values = pending - num_hurt(problem) * extra
     values *= np.where(missed, ALMOST_NOTHING, 1.0)
     values[~offered] = -np.inf
     # A request whose only options are worthless must still get its turn, in the smallest.
@@ -123,13 +114,8 @@ def _values(
     return values
 
 
-def _num_hurt(problem: BatchProblem) -> int:
-    """U: all candidates."""
-    return len(problem.waiting) + len(problem.running)
-
-
 def _prefill(problem: BatchProblem, view: View, solver: Solver) -> Decision | None:
-    if not view.num_under_way and not _has_place(
+    if not view.num_under_way and not has_place(
         problem, view.figures, problem.num_free_units - view.headroom
     ):
         return None
@@ -159,7 +145,7 @@ def _choose_waiting(
     waiting = problem.waiting
     seats = problem.max_num_seqs - len(problem.running)
     room = going_on.num_units_left - view.headroom
-    if not going_on.num_tokens_left or not _has_place(problem, view.figures, room):
+    if not going_on.num_tokens_left or not has_place(problem, view.figures, room):
         return np.zeros(0, np.int64), np.zeros(0, np.int8)
     offers = _by_size(problem)
     numbers = np.array([tier.tier for tier in offers], np.int8)
@@ -181,17 +167,6 @@ def _choose_waiting(
 
 def _one_seat_each(values: Floats) -> Ints:
     return np.broadcast_to(np.ones((), np.int64), values.shape)
-
-
-def _has_place(problem: BatchProblem, figures: TierFigures, room: int) -> bool:
-    """Whether the shortest of the waiting could start in so many units, in the smallest tier."""
-    least_units = figures.least_units_per_block
-    if not len(problem.waiting) or len(problem.running) >= problem.max_num_seqs:
-        return False
-    if room < least_units:  # known without looking at the lengths, and often so in overload
-        return False
-    shortest = int(np.minimum.reduce(problem.waiting.num_tokens))
-    return (shortest + problem.block_size) // problem.block_size * least_units <= room
 
 
 def _by_size(problem: BatchProblem) -> list[TierSpec]:
@@ -219,10 +194,9 @@ def _decode(problem: BatchProblem, view: View, solver: Solver) -> Decision | Non
     if not num_ready:
         return None
     spare = max(0, problem.num_free_units + view.held_units - view.grown_units - view.headroom)
-    may_rise = _promotable(problem, view)
-    batch = _as_they_are(problem, view, may_rise, spare)
+    batch = _as_they_are(problem, view, spare)
     if batch is None:
-        batch = _by_knapsack(problem, view, may_rise, spare, solver)
+        batch = _by_knapsack(problem, view, spare, solver)
     num_chosen = len(batch.entries)
     if not num_chosen:
         return None
@@ -247,36 +221,21 @@ def _decode(problem: BatchProblem, view: View, solver: Solver) -> Decision | Non
     )
 
 
-def _promotable(problem: BatchProblem, view: View) -> Bools:
-    """[n] of the ready: hidden, and would fit the pool in KV."""
-    may_rise: Bools = view.tiers == _HIDDEN
-    if len(view.ready) == len(problem.running):
-        may_rise &= problem.fits_pool(problem.running, problem.tiers[0])
-    else:
-        may_rise &= problem.fits_pool(problem.running, problem.tiers[0])[view.ready]
-    return may_rise
-
-
-def _as_they_are(problem: BatchProblem, view: View, may_rise: Bools, spare: int) -> _Batch | None:
+def _as_they_are(problem: BatchProblem, view: View, spare: int) -> _Batch | None:
     """All whose value in the tier they hold is positive, if that is what the knapsack would choose.
 
     It is when no promotion fits into the spare units, and all of them fit, at least one: then each
     has a single option left.
     """
-    rising = indices(may_rise)
-    if not len(rising):
+    rising = view.rising
+    if rising is None:
         entries, num_units = np.arange(len(view.ready)), view.grown_units
+    elif rising.least_more_units <= spare:
+        return None
     else:
-        kv, hidden = problem.tiers[0].tier, _HIDDEN
-        per_block = view.figures.units_per_block
-        num_blocks = int(np.minimum.reduce(view.num_cached[rising])) // problem.block_size + 1
-        if num_blocks * int(per_block[kv] - per_block[hidden]) <= spare:
-            return None
         # Nothing is taken off the value of the others.
-        cost = _num_hurt(problem) * (view.figures.extra_seconds[_HIDDEN] * view.num_cached[rising])
-        pending = np.maximum(view.pending_seconds[rising], view.least_pending_seconds)
-        is_chosen = ~may_rise
-        is_chosen[rising] = pending > cost
+        is_chosen = ~view.may_rise
+        is_chosen[rising.entries] = rising.are_worth
         entries = indices(is_chosen)
         num_units = int(np.add.reduce(view.next_units[entries]))
     seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
@@ -285,9 +244,7 @@ def _as_they_are(problem: BatchProblem, view: View, may_rise: Bools, spare: int)
     return _Batch(entries, view.tiers[entries], num_units)
 
 
-def _by_knapsack(
-    problem: BatchProblem, view: View, may_rise: Bools, spare: int, solver: Solver
-) -> _Batch:
+def _by_knapsack(problem: BatchProblem, view: View, spare: int, solver: Solver) -> _Batch:
     """Two options each: the tier held, and for hidden ones KV, as far as the spare units reach."""
     running, ready, held = problem.running, view.ready, view.tiers
     pending = np.maximum(view.pending_seconds, view.least_pending_seconds)
@@ -298,10 +255,10 @@ def _by_knapsack(
     )
     tiers, offered = held[None], np.ones((1, len(ready)), np.bool_)
     num_units = view.next_units[None]
-    if may_rise.any():
+    if view.rising is not None:
         kv = problem.tiers[0]
         tiers = np.stack([held, np.full_like(held, _KV)])
-        offered = np.stack([offered[0], may_rise])
+        offered = np.stack([offered[0], view.may_rise])
         in_kv = problem.num_blocks(view.num_cached + 1) * kv.units_per_block
         num_units = np.stack([num_units[0], in_kv])
     extra = view.figures.extra_seconds[tiers] * view.num_cached

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
-from aptserve_scheduler.policies.base import BatchProblem, Floats, Ints, Tiers
+from aptserve_scheduler.policies.base import BatchProblem, Bools, Floats, Ints, Tiers
 from aptserve_scheduler.policies.common import indices
 
 HEADROOM = 0.01
 """Share of the pool that admissions and promotions leave free while requests run."""
 _NUM_TIER_NUMBERS = 128
+_HIDDEN = int(Tier.HIDDEN)
 _SHORTEST_SECONDS = 1e-9
 
 
@@ -54,6 +55,45 @@ class TierFigures:
         )
 
 
+class Rising(NamedTuple):
+    """The ready that could be promoted to KV; parallel arrays, not empty."""
+
+    entries: Ints
+    """Entries of the arrays of all the ready."""
+    pending_seconds: Floats
+    """p, at least one decode step."""
+    cost_seconds: Floats
+    """U * rho * m: what staying hidden takes off the value."""
+    least_more_units: int
+    """What being promoted takes of the shortest beyond what its next token does."""
+
+    @property
+    def are_worth(self) -> Bools:
+        """Whose value is positive as he is."""
+        worth: Bools = self.pending_seconds > self.cost_seconds
+        return worth
+
+    @classmethod
+    def of(
+        cls,
+        problem: BatchProblem,
+        figures: TierFigures,
+        entries: Ints,
+        num_cached: Ints,
+        pending_seconds: Floats,
+    ) -> Rising:
+        """The ready with these entries, at least one; their caches and p are parallel to them."""
+        num_blocks = int(np.minimum.reduce(num_cached)) // problem.block_size + 1
+        in_kv = problem.tiers[0].units_per_block
+        more_per_block = in_kv - int(figures.units_per_block[_HIDDEN])
+        return cls(
+            entries=entries,
+            pending_seconds=pending_seconds,
+            cost_seconds=num_hurt(problem) * (figures.extra_seconds[_HIDDEN] * num_cached),
+            least_more_units=num_blocks * more_per_block,
+        )
+
+
 class View(NamedTuple):
     """Figures that both kinds of iteration need; the arrays are of the ready and parallel."""
 
@@ -66,6 +106,10 @@ class View(NamedTuple):
     """Units held."""
     next_units: Ints
     """Units that each holds with one more token, in its tier."""
+    may_rise: Bools
+    """Could be promoted: hidden, and would fit the pool in KV."""
+    rising: Rising | None
+    """These; ``None`` if there are none."""
     pending_seconds: Floats
     held_units: int
     """The sum of ``num_units``."""
@@ -104,6 +148,8 @@ class View(NamedTuple):
         ready = indices(running.schedulable & one_left)
         tiers, num_cached = running.tiers, running.num_computed_tokens
         num_units, pending = running.num_units, running.pending_seconds
+        may_rise: Bools = tiers == _HIDDEN
+        may_rise &= problem.fits_pool(running, problem.tiers[0])
         waiting_seconds = float(np.add.reduce(waiting.pending_seconds))
         num_under_way = 0
         if len(ready) < len(running):
@@ -112,9 +158,14 @@ class View(NamedTuple):
             waiting_seconds += float(np.add.reduce(pending[under_way]))
             tiers, num_cached = tiers[ready], num_cached[ready]
             num_units, pending = num_units[ready], pending[ready]
+            may_rise = may_rise[ready]
         next_units = problem.num_blocks(num_cached + 1) * figures.units_per_block[tiers]
+        step_seconds = _decode_step_seconds(figures, tiers, num_cached)
+        entries, rising = indices(may_rise), None
+        if len(entries):
+            least_pending = np.maximum(pending[entries], step_seconds)
+            rising = Rising.of(problem, figures, entries, num_cached[entries], least_pending)
         held_units, grown_units = int(np.add.reduce(num_units)), int(np.add.reduce(next_units))
-        least_headroom = int(HEADROOM * problem.num_units) if len(running) else 0
         return cls(
             figures=figures,
             ready=ready,
@@ -122,6 +173,8 @@ class View(NamedTuple):
             num_cached=num_cached,
             num_units=num_units,
             next_units=next_units,
+            may_rise=may_rise,
+            rising=rising,
             pending_seconds=pending,
             held_units=held_units,
             grown_units=grown_units,
@@ -129,8 +182,8 @@ class View(NamedTuple):
             waiting_seconds=waiting_seconds,
             num_waiting=len(waiting) + num_under_way,
             num_under_way=num_under_way,
-            least_pending_seconds=_decode_step_seconds(figures, tiers, num_cached),
-            headroom=max(grown_units - held_units, least_headroom),
+            least_pending_seconds=step_seconds,
+            headroom=max(grown_units - held_units, least_headroom(problem)),
         )
 
 
@@ -142,3 +195,24 @@ def _decode_step_seconds(figures: TierFigures, tiers: Tiers, num_cached: Ints) -
     cached = float(figures.cached_seconds @ tokens)
     per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
     return max(cost.base_seconds + per_sequence * len(tiers) + cached, _SHORTEST_SECONDS)
+
+
+def least_headroom(problem: BatchProblem) -> int:
+    """Units that stay free whatever the next decode step takes."""
+    return int(HEADROOM * problem.num_units) if len(problem.running) else 0
+
+
+def num_hurt(problem: BatchProblem) -> int:
+    """U: all candidates."""
+    return len(problem.waiting) + len(problem.running)
+
+
+def has_place(problem: BatchProblem, figures: TierFigures, room: int) -> bool:
+    """Whether the shortest of the waiting could start in so many units, in the smallest tier."""
+    least_units = figures.least_units_per_block
+    if not len(problem.waiting) or len(problem.running) >= problem.max_num_seqs:
+        return False
+    if room < least_units:  # known without looking at the lengths, and often so in overload
+        return False
+    shortest = int(np.minimum.reduce(problem.waiting.num_tokens))
+    return (shortest + problem.block_size) // problem.block_size * least_units <= room
