@@ -18,6 +18,7 @@ by step 2, the other by step 3. Going on in step 2 only adds.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,7 +63,8 @@ def solve(knapsack: Knapsack) -> Ints:
     """Option per request, ``NOT_CHOSEN`` for none; shape [n]."""
     knapsack = _without_oversized(knapsack)
     bases = _first_steps(knapsack)
-    if len(bases.rows) <= min(knapsack.capacity):
+    # A few are packed as fast as it is found out that all of them fit.
+    if _ONE_BY_ONE < len(bases.rows) <= min(knapsack.capacity):
         best = _most_valuable(knapsack, bases)
         if knapsack.fits(best):
             return best
@@ -278,17 +280,20 @@ class _Packing:
         barred: dict[int, int] = {}
         """What this loop adds to ``_barred``; what was barred before is not in ``rest``."""
         taken: list[int] = []
+        first_unfit: int | None = None
         for place, need in enumerate(zip(*steps, strict=True)):
             row = rows[place]
             if row in barred:
                 continue
-            after = [have - takes for have, takes in zip(left, need, strict=True)]
-            if min(after) < 0:
-                barred[row] = options[place]
-                self._note_unfit(rest, place)
-            else:
-                left = after
+            if all(map(operator.le, need, left)):
+                left = list(map(operator.sub, left, need))
                 taken.append(place)
+            else:
+                barred[row] = options[place]
+                if first_unfit is None:
+                    first_unfit = place
+        if first_unfit is not None:
+            self._note_unfit(rest, first_unfit)
         self._left = left
         if taken:
             # A request's steps stand in the order of its options: the last one is the one to keep.
