@@ -34,7 +34,7 @@ class DecodeRun:
     num_cached: Ints
     """Cached tokens of each before the first iteration."""
     max_steps: int
-    """Iterations for which memory and ``max_tokens`` last without any request ending."""
+    """Iterations for which memory and ``max_tokens`` last."""
     until: float
     """Time before which those after the first must start; the decision may be another then."""
     longest_seconds: float
@@ -46,15 +46,14 @@ def find_run(
 ) -> DecodeRun | None:
     """The run that a decision starts, of one iteration if it will not be repeated.
 
-    ``None`` when it does anything else than give running requests a token each, or when a request
-    would reach its ``max_tokens`` by the first iteration.
+    ``None`` when it does anything else than give running requests a token each.
     """
     if not _is_plain(state, worker, decision) or worker.learns_costs:
         return None
     table, slots, now = state.table, decision.slots, problem.now
     num_cached = table.num_computed[slots]
     tiers = table.tier[slots]
-    left = int((table.max_total[slots] - num_cached).min()) - 2
+    left = int((table.max_total[slots] - num_cached).min()) - 1
     horizon = policy.horizon(problem, decision)
     most = int(min(left, _MAX_STEPS, horizon.num_iterations))
     longest_seconds = math.inf
@@ -107,7 +106,8 @@ def enter_run(
 ) -> None:
     """Enter the first ``len(ends)`` iterations of a run that starts now, by the times they end.
 
-    The new tokens have the value 0.
+    The new tokens have the value 0. Requests that are to end with the last of them stay as they
+    are until the caller ends them.
     """
     table, slots = state.table, run.slots
     num_steps = len(ends)

@@ -175,7 +175,11 @@ class Scheduler:
         return enter_decision(state, worker, decision, now) if run is None else run
 
     def enter_run(self, worker_id: WorkerId, run: DecodeRun, ends: Floats, now: float) -> None:
-        """Enter the first iterations of a run that starts now; ``ends`` [steps] are their times."""
+        """Enter the first iterations of a run that starts now; ``ends`` [steps] are their times.
+
+        Whoever is to end with the last of them, at the latest whoever has all of its ``max_tokens``
+        then, is left to :meth:`finish` at that time.
+        """
         enter_run(self._state, self._state.worker(worker_id), run, ends, now, self.policy)
 
     def apply(self, worker_id: WorkerId, result: StepResult, now: float) -> list[Event]:

@@ -21,6 +21,7 @@ from aptserve.workload import Trace
 from aptserve_scheduler.core import (
     DecodeRun,
     Event,
+    FinishReason,
     Objectives,
     PlanInFlight,
     RequestFinished,
@@ -101,8 +102,8 @@ class _Worker:
     plans: deque[tuple[Ints, float]] = field(default_factory=deque)
     """Of each the lengths at which its requests will end, and the seconds that it takes."""
     free_at: float = 0.0
-    somebody_ends: bool = False
-    """The iteration after the last run ends a request, so it cannot be part of a run."""
+    ending: list[RequestId] = field(default_factory=list)
+    """Requests that end with the last iteration of the run that is in the books."""
 
 
 class _Simulation:
@@ -215,34 +216,25 @@ class _Simulation:
         while self._due and self._due[0][0] <= now:
             _, _, worker_id = heapq.heappop(self._due)
             worker = self._workers[worker_id]
-            if not worker.plans:
-                continue  # the end of a run, whose iterations are in the books already
-            stops_at, seconds = worker.plans.popleft()
-            self._note(self._scheduler.complete(worker_id, stops_at, seconds, now))
+            if worker.plans:
+                stops_at, seconds = worker.plans.popleft()
+                self._note(self._scheduler.complete(worker_id, stops_at, seconds, now))
+                continue
+            # The end of a run, whose iterations are in the books already.
+            for request_id in worker.ending:
+                self._note(self._scheduler.finish(request_id, FinishReason.STOP, now))
+            worker.ending.clear()
 
     def _plan(self, worker_id: WorkerId, worker: _Worker, now: float) -> None:
-        if self._may_skip:
-            if worker.free_at > now:
-                return
-            plan = self._plan_or_skip(worker_id, worker, now)
-            if plan is not None:
+        if not self._may_skip:
+            while (plan := self._scheduler.begin(worker_id, now)) is not None:
                 self._start(worker_id, worker, plan, now)
-            return
-        while (plan := self._scheduler.begin(worker_id, now)) is not None:
-            self._start(worker_id, worker, plan, now)
-
-    def _plan_or_skip(
-        self, worker_id: WorkerId, worker: _Worker, now: float
-    ) -> PlanInFlight | None:
-        if worker.somebody_ends:
-            worker.somebody_ends = False
-            return self._scheduler.begin(worker_id, now)
-        plan = self._scheduler.begin_or_run(worker_id, now)
-        if not isinstance(plan, DecodeRun):
-            return plan
-        if self._skip(worker_id, worker, plan, now):
-            return None
-        return self._scheduler.begin(worker_id, now)
+        elif worker.free_at <= now:
+            made = self._scheduler.begin_or_run(worker_id, now)
+            if isinstance(made, DecodeRun):
+                self._skip(worker_id, worker, made, now)
+            elif made is not None:
+                self._start(worker_id, worker, made, now)
 
     def _start(self, worker_id: WorkerId, worker: _Worker, plan: PlanInFlight, now: float) -> None:
         seconds = worker.sim.cost.seconds(plan.starts, plan.num_tokens, plan.tiers)
@@ -258,31 +250,27 @@ class _Simulation:
         heapq.heappush(self._due, (at, self._num_due, worker_id))
         self._num_due += 1
 
-    def _skip(self, worker_id: WorkerId, worker: _Worker, run: DecodeRun, now: float) -> bool:
-        """Enter a run up to the iteration in which somebody arrives, or before somebody ends.
+    def _skip(self, worker_id: WorkerId, worker: _Worker, run: DecodeRun, now: float) -> None:
+        """Enter a run up to the iteration in which somebody arrives or with which somebody ends.
 
         It ends earlier where the policy may decide otherwise.
-
-        False, and nothing done, if the very first iteration ends a request.
         """
-        # Of what one that is to end still has to come, a token is known, and the last one ends it.
-        left = int((self._stops_at(run.request_ids) - run.num_cached).min()) - 2
-        if left < 1:
-            return False
-        seconds = self._run_seconds(worker.sim, run, min(run.max_steps, left))
+        # Of those that each still has to get, one is known: the last iteration caches all but it.
+        left = self._stops_at(run.request_ids) - run.num_cached - 1
+        most = int(left.min())
+        seconds = self._run_seconds(worker.sim, run, min(run.max_steps, most))
         # Summed one by one, as if each iteration had been an event of its own.
         is_longest = seconds > run.longest_seconds
-        most = 1 + int(is_longest.argmax()) if is_longest.any() else len(seconds)
+        num_steps = 1 + int(is_longest.argmax()) if is_longest.any() else len(seconds)
         seconds[0] += now
-        ends = seconds[:most].cumsum()
+        ends = seconds[:num_steps].cumsum()
         until = min(self._arrival_time(), run.until)
-        num_steps = 1 + int(ends[:-1].searchsorted(until))
-        ends = ends[:num_steps]
+        ends = ends[: 1 + int(ends[:-1].searchsorted(until))]
         self._scheduler.enter_run(worker_id, run, ends, now)
-        worker.somebody_ends = num_steps == left
+        if len(ends) == most:
+            worker.ending += [run.request_ids[entry] for entry in (left == most).nonzero()[0]]
         worker.free_at = float(ends[-1])
         self._push(worker.free_at, worker_id)
-        return True
 
     def _run_seconds(
         self, worker: SimWorker, run: DecodeRun, num_steps: int
