@@ -1,6 +1,7 @@
 """The scheduler core: plain, deterministic, no I/O, no clock of its own."""
 
 from aptserve_scheduler.core.decode_run import DecodeRun
+from aptserve_scheduler.core.decode_turns import DecodeTurns
 from aptserve_scheduler.core.errors import (
     DuplicateRequest,
     IntegrityError,
@@ -44,6 +45,7 @@ __all__ = [
     "BatchPlan",
     "CostCoefficients",
     "DecodeRun",
+    "DecodeTurns",
     "DuplicateRequest",
     "Event",
     "FinishReason",

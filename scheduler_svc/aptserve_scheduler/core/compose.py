@@ -70,7 +70,7 @@ def enter_decision(
         plan_id=PlanId(worker.next_plan_id),
         release=worker.take_releases(),
         slots=slots.copy(),
-        request_ids=tuple([table.request_ids[slot] for slot in slots.tolist()]),
+        request_ids=table.ids(slots),
         sequence_ids=tuple(table.sequence[slots].tolist()),
         tiers=decision.tiers.copy(),
         starts=starts,

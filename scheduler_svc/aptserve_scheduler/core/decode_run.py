@@ -1,11 +1,4 @@
-"""Decodes entered in the books at once, for a simulator that knows how long each takes.
-
-An iteration that gives each of its requests one more token needs no plan and no answer when both
-sides are the same program. Between two events a worker often decodes the same batch over and over,
-too; a policy that promises so (:meth:`~aptserve_scheduler.policies.base.Policy.horizon`) lets the
-books skip to the end of such a run. They are then as if each iteration had been planned and
-answered by itself.
-"""
+"""The same decode over and over, entered in the books at once; see :mod:`core.decodes`."""
 
 from __future__ import annotations
 
@@ -18,7 +11,7 @@ from aptserve_scheduler.core.state import State
 from aptserve_scheduler.core.table import Floats, Ints, Tiers
 from aptserve_scheduler.core.types import RequestId
 from aptserve_scheduler.core.worker_state import WorkerState
-from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy, Service
+from aptserve_scheduler.policies.base import BatchProblem, Decision, Horizon, Policy, Service
 
 _MAX_STEPS = 4096
 _ROUNDING_SECONDS = 1e-6
@@ -26,7 +19,8 @@ _ROUNDING_SECONDS = 1e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeRun:
-    """Up to ``max_steps`` iterations that each compute one token for each of these requests."""
+    """Up to ``max_steps`` iterations, at least one, that each compute one token for each of these
+    requests."""
 
     slots: Ints
     request_ids: tuple[RequestId, ...]
@@ -40,51 +34,39 @@ class DecodeRun:
     longest_seconds: float
     """An iteration that takes longer must be the last: it may cost somebody an objective."""
 
-
-def find_run(
-    state: State, worker: WorkerState, problem: BatchProblem, decision: Decision, policy: Policy
-) -> DecodeRun | None:
-    """The run that a decision starts, of one iteration if it will not be repeated.
-
-    ``None`` when it does anything else than give running requests a token each.
-    """
-    if not _is_plain(state, worker, decision) or worker.learns_costs:
-        return None
-    table, slots, now = state.table, decision.slots, problem.now
-    num_cached = table.num_computed[slots]
-    tiers = table.tier[slots]
-    left = int((table.max_total[slots] - num_cached).min()) - 1
-    horizon = policy.horizon(problem, decision)
-    most = int(min(left, _MAX_STEPS, horizon.num_iterations))
-    longest_seconds = math.inf
-    if horizon.while_judged_alike:
-        most = min(most, table.num_gaps_judged_alike(slots))
-        pending = now - table.pending_since[slots]
-        longest_seconds = float((table.tbt_objective[slots] - pending).min()) - _ROUNDING_SECONDS
-    max_steps = _steps_in_memory(worker, num_cached, tiers, most)
-    if max_steps < 1:
-        return None
-    return DecodeRun(
-        slots=slots,
-        request_ids=tuple([table.request_ids[slot] for slot in slots.tolist()]),
-        tiers=tiers,
-        num_cached=num_cached,
-        max_steps=max_steps,
-        until=horizon.until,
-        longest_seconds=longest_seconds,
-    )
-
-
-def _is_plain(state: State, worker: WorkerState, decision: Decision) -> bool:
-    """Whether running requests get a token each and nothing else happens."""
-    table, slots = state.table, decision.slots
-    if worker.in_flight or worker.releases or len(decision.preempted):
-        return False
-    # The last token of a chunked prompt looks like a decode, but a first token comes of it.
-    is_decode = table.has_token[slots] & (table.worker[slots] == worker.index)
-    is_decode &= table.num_known[slots] == table.num_computed[slots] + 1
-    is_decode &= (decision.num_tokens == 1) & (decision.tiers == table.tier[slots])
-    return bool(is_decode.all())
+    @classmethod
+    def of(
+        cls,
+        state: State,
+        worker: WorkerState,
+        problem: BatchProblem,
+        decision: Decision,
+        horizon: Horizon,
+    ) -> DecodeRun | None:
+        """As long a run of a decision as its horizon allows; ``None`` without memory for a step."""
+        table, slots, now = state.table, decision.slots, problem.now
+        num_cached = table.num_computed[slots]
+        tiers = table.tier[slots]
+        left = int((table.max_total[slots] - num_cached).min()) - 1
+        most = int(min(left, _MAX_STEPS, horizon.num_iterations))
+        longest_seconds = math.inf
+        if horizon.while_judged_alike:
+            most = min(most, table.num_gaps_judged_alike(slots))
+            pending = now - table.pending_since[slots]
+            longest_seconds = float((table.tbt_objective[slots] - pending).min())
+            longest_seconds -= _ROUNDING_SECONDS
+        max_steps = _steps_in_memory(worker, num_cached, tiers, most)
+        if max_steps < 1:
+            return None
+        return cls(
+            slots=slots,
+            request_ids=table.ids(slots),
+            tiers=tiers,
+            num_cached=num_cached,
+            max_steps=max_steps,
+            until=horizon.until,
+            longest_seconds=longest_seconds,
+        )
 
 
 def _steps_in_memory(worker: WorkerState, num_cached: Ints, tiers: Tiers, most: int) -> int:
@@ -109,14 +91,29 @@ def enter_run(
     The new tokens have the value 0. Requests that are to end with the last of them stay as they
     are until the caller ends them.
     """
-    table, slots = state.table, run.slots
-    num_steps = len(ends)
+    slots, num_steps = run.slots, len(ends)
     if not 1 <= num_steps <= run.max_steps:
         raise ValueError(f"{num_steps} steps of a run of at most {run.max_steps}")
     _note_gaps(state, slots, ends)
-    table.num_computed[slots] += num_steps
-    table.num_known[slots] += num_steps
-    after = worker.ledger.units_for(table.num_computed[slots], run.tiers)
+    tokens, seconds = np.full(len(slots), num_steps), float(ends[-1]) - now
+    enter_tokens(state, worker, slots, tokens, num_steps, seconds)
+    if policy.follows_service:
+        policy.served(Service(slots, tokens, tokens, seconds, float(ends[-1])))
+
+
+def enter_tokens(
+    state: State,
+    worker: WorkerState,
+    slots: Ints,
+    num_new: Ints,
+    num_steps: int,
+    seconds: float,
+) -> None:
+    """Enter that running requests got ``num_new`` [n] tokens each, and the worker's iterations."""
+    table = state.table
+    table.num_computed[slots] += num_new
+    table.num_known[slots] += num_new
+    after = worker.ledger.units_for(table.num_computed[slots], table.tier[slots])
     growth = after - table.units[slots]
     worker.ledger.take(int(growth.sum()))
     table.units[slots] = after
@@ -125,12 +122,8 @@ def enter_run(
         worker.count.record(int(table.sequence[slots[entry]]), units, units)
     worker.next_plan_id += num_steps
     worker.num_steps += num_steps
-    total = float(ends[-1]) - now
-    worker.step_seconds += total
-    state.totals.num_output_tokens += num_steps * len(slots)
-    if policy.follows_service:
-        tokens = np.full(len(slots), num_steps)
-        policy.served(Service(slots, tokens, tokens, total, float(ends[-1])))
+    worker.step_seconds += seconds
+    state.totals.num_output_tokens += int(num_new.sum())
 
 
 def _note_gaps(state: State, slots: Ints, ends: Floats) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 
 from aptserve_scheduler.core.answer import enter_plain_answer
 from aptserve_scheduler.core.compose import compose, enter_decision
-from aptserve_scheduler.core.decode_run import DecodeRun, enter_run, find_run
+from aptserve_scheduler.core.decode_run import DecodeRun, enter_run
+from aptserve_scheduler.core.decode_turns import DecodeTurns, enter_turns
+from aptserve_scheduler.core.decodes import find_decodes
 from aptserve_scheduler.core.errors import DuplicateRequest, QueueFull, RequestTooLarge
 from aptserve_scheduler.core.integrity import check_state
 from aptserve_scheduler.core.problem import build_problem
@@ -160,19 +162,22 @@ class Scheduler:
             return None
         return enter_decision(self._state, self._state.worker(worker_id), made[1], now)
 
-    def begin_or_run(self, worker_id: WorkerId, now: float) -> PlanInFlight | DecodeRun | None:
-        """Like :meth:`begin`, or several iterations at once where the policy would repeat itself.
+    def begin_or_run(
+        self, worker_id: WorkerId, now: float
+    ) -> PlanInFlight | DecodeRun | DecodeTurns | None:
+        """Like :meth:`begin`, or several decodes at once as far as the policy knows them already.
 
-        Of a run some iterations, at least one, are to be entered with :meth:`enter_run` before any
-        other event. For simulators: it takes a worker whose every iteration is known beforehand.
+        Some of them, at least one, are to be entered with :meth:`enter_run` or :meth:`enter_turns`
+        before any other event. For simulators: it takes a worker whose every iteration is known
+        beforehand.
         """
         made = self._decide(worker_id, now)
         if made is None:
             return None
         problem, decision = made
         state, worker = self._state, self._state.worker(worker_id)
-        run = find_run(state, worker, problem, decision, self.policy)
-        return enter_decision(state, worker, decision, now) if run is None else run
+        decodes = find_decodes(state, worker, problem, decision, self.policy)
+        return enter_decision(state, worker, decision, now) if decodes is None else decodes
 
     def enter_run(self, worker_id: WorkerId, run: DecodeRun, ends: Floats, now: float) -> None:
         """Enter the first iterations of a run that starts now; ``ends`` [steps] are their times.
@@ -181,6 +186,10 @@ class Scheduler:
         then, is left to :meth:`finish` at that time.
         """
         enter_run(self._state, self._state.worker(worker_id), run, ends, now, self.policy)
+
+    def enter_turns(self, worker_id: WorkerId, turns: DecodeTurns, now: float) -> None:
+        """Like :meth:`enter_run`: the iterations taken, at least one, of turns that start now."""
+        enter_turns(self._state, self._state.worker(worker_id), turns, now, self.policy)
 
     def apply(self, worker_id: WorkerId, result: StepResult, now: float) -> list[Event]:
         """Take in the answer to the oldest plan in flight.

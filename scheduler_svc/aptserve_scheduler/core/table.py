@@ -209,6 +209,11 @@ class RequestTable:
             raise LookupError(f"not all of the slots {slots.tolist()} hold a request")
         return records
 
+    def ids(self, slots: Ints) -> tuple[RequestId, ...]:
+        """The ids of requests."""
+        request_ids = self.request_ids
+        return tuple([request_ids[slot] for slot in slots.tolist()])
+
     def num_tokens(self, slots: Ints) -> Ints:
         """Length of each request in tokens, those that plans in flight will sample included."""
         return np.maximum(self.num_known[slots], self.num_computed[slots] + 1)

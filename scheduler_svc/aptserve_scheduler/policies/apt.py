@@ -30,8 +30,14 @@ from typing import NamedTuple
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier, TierSpec
-from aptserve_scheduler.policies.apt_horizon import repeats
-from aptserve_scheduler.policies.apt_view import TierFigures, View, has_place, num_hurt
+from aptserve_scheduler.policies.apt_horizon import horizon_of
+from aptserve_scheduler.policies.apt_view import (
+    TierFigures,
+    View,
+    has_place,
+    most_decodes,
+    num_hurt,
+)
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     BatchProblem,
@@ -88,7 +94,7 @@ class AptPolicy(Policy):
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
         """See :mod:`~aptserve_scheduler.policies.apt_horizon`."""
-        return THIS_ITERATION if self._view is None else repeats(problem, self._view, decision)
+        return THIS_ITERATION if self._view is None else horizon_of(problem, self._view, decision)
 
 
 def _values(
@@ -238,8 +244,8 @@ def _as_they_are(problem: BatchProblem, view: View, spare: int) -> _Batch | None
         is_chosen[rising.entries] = rising.are_worth
         entries = indices(is_chosen)
         num_units = int(np.add.reduce(view.next_units[entries]))
-    seats = min(problem.max_num_seqs, problem.max_num_batched_tokens)
-    if num_units > problem.num_free_units + view.held_units or not 0 < len(entries) <= seats:
+    is_batch = 0 < len(entries) <= most_decodes(problem)
+    if num_units > problem.num_free_units + view.held_units or not is_batch:
         return None
     return _Batch(entries, view.tiers[entries], num_units)
 
@@ -250,7 +256,7 @@ def _by_knapsack(problem: BatchProblem, view: View, spare: int, solver: Solver) 
     pending = np.maximum(view.pending_seconds, view.least_pending_seconds)
     limits = (
         problem.num_free_units + view.held_units,
-        min(problem.max_num_seqs, problem.max_num_batched_tokens),
+        most_decodes(problem),
         spare,
     )
     tiers, offered = held[None], np.ones((1, len(ready)), np.bool_)

@@ -31,6 +31,11 @@ class TierFigures:
     extra_seconds: Floats
     """rho: seconds per cached token beyond KV's, never < 0."""
 
+    def cost_seconds(self, num_hurt: int, num_cached: Ints) -> Floats:
+        """U * rho * m: what hidden caches of these lengths take off the value."""
+        cost: Floats = num_hurt * (self.extra_seconds[_HIDDEN] * num_cached)
+        return cost
+
     @classmethod
     def of(cls, problem: BatchProblem, last: TierFigures | None = None) -> TierFigures:
         """Those of a problem: the last ones again if they are of the same estimate."""
@@ -89,7 +94,7 @@ class Rising(NamedTuple):
         return cls(
             entries=entries,
             pending_seconds=pending_seconds,
-            cost_seconds=num_hurt(problem) * (figures.extra_seconds[_HIDDEN] * num_cached),
+            cost_seconds=figures.cost_seconds(num_hurt(problem), num_cached),
             least_more_units=num_blocks * more_per_block,
         )
 
@@ -160,7 +165,7 @@ class View(NamedTuple):
             num_units, pending = num_units[ready], pending[ready]
             may_rise = may_rise[ready]
         next_units = problem.num_blocks(num_cached + 1) * figures.units_per_block[tiers]
-        step_seconds = _decode_step_seconds(figures, tiers, num_cached)
+        step_seconds = decode_step_seconds(figures, tiers, num_cached)
         entries, rising = indices(may_rise), None
         if len(entries):
             least_pending = np.maximum(pending[entries], step_seconds)
@@ -187,7 +192,7 @@ class View(NamedTuple):
         )
 
 
-def _decode_step_seconds(figures: TierFigures, tiers: Tiers, num_cached: Ints) -> float:
+def decode_step_seconds(figures: TierFigures, tiers: Tiers, num_cached: Ints) -> float:
     """Time of a decode of requests with these caches, by the cost model; always positive."""
     cost = figures.cost
     # Tokens by tier first: a product as long as the batch goes to threads that take milliseconds.
@@ -195,6 +200,11 @@ def _decode_step_seconds(figures: TierFigures, tiers: Tiers, num_cached: Ints) -
     cached = float(figures.cached_seconds @ tokens)
     per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
     return max(cost.base_seconds + per_sequence * len(tiers) + cached, _SHORTEST_SECONDS)
+
+
+def most_decodes(problem: BatchProblem) -> int:
+    """Requests that a decode can take."""
+    return min(problem.max_num_seqs, problem.max_num_batched_tokens)
 
 
 def least_headroom(problem: BatchProblem) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Tiers = npt.NDArray[np.int8]
+Members = Callable[[float, Ints, Floats], Bools]
+"""Who of the running decodes, from the time and of each the cached tokens and the time of the
+latest token; arrays are [n]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +181,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
-    """How far ahead a policy knows that it will decide as it just did.
+    """How far ahead a policy knows what it will decide: as it just did, or by a simple rule.
 
     It speaks of the iterations that follow while nothing happens but time passing: nobody arrives
     or ends, no guess of the cost changes, and the growing caches fit what is free now.
@@ -189,6 +193,9 @@ class Horizon:
     """Those that follow must be decided for before this time."""
     while_judged_alike: bool = False
     """Those that follow must find ``miss_after_seconds`` of all running as it is now."""
+    members: Members | None = None
+    """Those that follow decode whom this names, as long as it names anybody, and so did this one.
+    Where it is given it stands for all of the above."""
 
 
 THIS_ITERATION = Horizon(num_iterations=1)
@@ -220,7 +227,7 @@ class Policy(ABC):
         """Compose a batch; ``None`` when nothing can run before a result comes back."""
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
-        """How long the policy would go on deciding so if nothing happened but time passing.
+        """What the policy would go on deciding if nothing happened but time passing.
 
         Asked about its own latest decision, one that computes a token for each chosen request,
         none of which changes its tier. A simulator skips ahead by the answer.

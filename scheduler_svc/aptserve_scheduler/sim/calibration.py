@@ -6,15 +6,15 @@ run; ``calibration`` in it is the scheduler's estimate of the worker's speed at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from aptserve_scheduler.core import CostCoefficients, Tier, TierSpec, WorkerId, WorkerSpec
 from aptserve_scheduler.core.cost import CostModel, features
-from aptserve_scheduler.sim.worker import Floats, Ints, SimWorker, Tiers
+from aptserve_scheduler.sim.worker import Amount, Ints, SimWorker, Tiers
 
 
 class CalibrationError(ValueError):
@@ -31,16 +31,18 @@ class LinearCost:
         self._base = coefficients.base_seconds
         self._per_decode = coefficients.seconds_per_token + coefficients.seconds_per_sequence
         per_cached = coefficients.seconds_per_cached_token
-        self._per_cached = np.array([per_cached.get(tier, 0.0) for tier in tiers], np.float64)
+        self._per_cached = [per_cached.get(tier, 0.0) for tier in tiers]
 
     def seconds(self, num_cached: Ints, num_new: Ints, tiers: Tiers) -> float:
         """As :meth:`StepCost.seconds`."""
         return self._model.seconds(features(num_cached, num_new, tiers, self._tiers))
 
-    def decode_seconds(self, num_sequences: Ints, num_cached: Ints) -> Floats:
+    def decode_seconds(self, num_sequences: Sequence[int], num_cached: Sequence[Amount]) -> Amount:
         """As :meth:`StepCost.decode_seconds`."""
-        fixed = self._base + self._per_decode * float(num_sequences.sum())
-        return np.asarray(fixed + num_cached @ self._per_cached, np.float64)
+        seconds = self._base + self._per_decode * sum(num_sequences)
+        for per_cached, cached in zip(self._per_cached, num_cached, strict=True):
+            seconds = seconds + per_cached * cached
+        return seconds
 
 
 def load_worker(path: Path) -> SimWorker:

@@ -20,6 +20,7 @@ from aptserve.workload import Trace
 
 from aptserve_scheduler.core import (
     DecodeRun,
+    DecodeTurns,
     Event,
     FinishReason,
     Objectives,
@@ -35,7 +36,7 @@ from aptserve_scheduler.core import (
 )
 from aptserve_scheduler.policies import Policy, create_policy
 from aptserve_scheduler.sim.timeline import Timeline, TimelineRecorder
-from aptserve_scheduler.sim.worker import Ints, SimWorker
+from aptserve_scheduler.sim.worker import Floats, Ints, SimWorker, Tiers
 
 _NUM_SAMPLES = 400
 """Samples of the timeline over the arrivals; what comes after them adds more."""
@@ -233,6 +234,8 @@ class _Simulation:
             made = self._scheduler.begin_or_run(worker_id, now)
             if isinstance(made, DecodeRun):
                 self._skip(worker_id, worker, made, now)
+            elif isinstance(made, DecodeTurns):
+                self._take_turns(worker_id, worker, made, now)
             elif made is not None:
                 self._start(worker_id, worker, made, now)
 
@@ -272,17 +275,32 @@ class _Simulation:
         worker.free_at = float(ends[-1])
         self._push(worker.free_at, worker_id)
 
-    def _run_seconds(
-        self, worker: SimWorker, run: DecodeRun, num_steps: int
-    ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        numbers = [tier.tier for tier in worker.spec.tiers]
-        num_sequences = np.bincount(run.tiers, minlength=_NUM_TIER_NUMBERS)[numbers]
-        # The sums are of whole numbers, so they are exact in floats too.
-        cached = np.bincount(run.tiers, run.num_cached, _NUM_TIER_NUMBERS)[numbers]
-        steps = np.arange(num_steps)[:, None]
-        return worker.cost.decode_seconds(
-            num_sequences, cached.astype(np.int64) + steps * num_sequences
-        )
+    def _run_seconds(self, worker: SimWorker, run: DecodeRun, num_steps: int) -> Floats:
+        """[num_steps] seconds of the first iterations of a run."""
+        num_sequences, cached = _by_tier(worker, run.tiers, run.num_cached)
+        steps = np.arange(num_steps, dtype=np.float64)
+        growing = [start + num * steps for num, start in zip(num_sequences, cached, strict=True)]
+        return np.full(num_steps, worker.cost.decode_seconds(num_sequences, growing))
+
+    def _take_turns(
+        self, worker_id: WorkerId, worker: _Worker, turns: DecodeTurns, now: float
+    ) -> None:
+        """Enter turns up to the iteration in which somebody arrives or with which somebody ends."""
+        left = self._stops_at(turns.request_ids) - turns.num_cached - 1
+        arrival, end = self._arrival_time(), now
+        while (entries := turns.next(end)) is not None:
+            seconds = worker.sim.cost.decode_seconds(
+                *_by_tier(worker.sim, turns.tiers[entries], turns.num_cached[entries])
+            )
+            end += float(seconds)
+            turns.take(entries, end)
+            left[entries] -= 1
+            if end >= arrival or not left[entries].all():
+                break
+        self._scheduler.enter_turns(worker_id, turns, now)
+        worker.ending += [turns.request_ids[entry] for entry in (left == 0).nonzero()[0]]
+        worker.free_at = end
+        self._push(end, worker_id)
 
     def _note(self, events: list[Event]) -> None:
         for event in events:
@@ -328,6 +346,15 @@ class _Simulation:
             num_preemptions=0,
             tenant=self._trace.tenants[index],
         )
+
+
+def _by_tier(worker: SimWorker, tiers: Tiers, num_cached: Ints) -> tuple[list[int], list[float]]:
+    """Of each of the worker's tiers the sequences with a cache in it, and the tokens of these."""
+    num_sequences = np.bincount(tiers, minlength=_NUM_TIER_NUMBERS).tolist()
+    # Sums of whole numbers, so they are exact in floats too.
+    cached = np.bincount(tiers, num_cached, _NUM_TIER_NUMBERS).tolist()
+    numbers = [tier.tier for tier in worker.spec.tiers]
+    return [num_sequences[number] for number in numbers], [cached[number] for number in numbers]
 
 
 def _most_tokens(worker: SimWorker) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ from aptserve_scheduler.core import WorkerSpec
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Tiers = npt.NDArray[np.int8]
+Amount = Any
+"""A number or an array of floats; arithmetic on a plain number is far quicker than on an array."""
 
 
 class StepCost(Protocol):
@@ -26,12 +29,12 @@ class StepCost(Protocol):
         """
         ...
 
-    def decode_seconds(self, num_sequences: Ints, num_cached: Ints) -> Floats:
-        """Seconds of a series of iterations that compute one token for each sequence.
+    def decode_seconds(self, num_sequences: Sequence[int], num_cached: Sequence[Amount]) -> Amount:
+        """Seconds of an iteration, or of each of a series, that computes a token per sequence.
 
-        ``num_sequences`` [k]: sequences per tier, in the order of the worker's tiers;
-        ``num_cached`` [steps, k]: cached tokens per tier and iteration, all sequences together.
-        Returns [steps]; each equals :meth:`seconds` of such a batch.
+        Both have an entry per tier, in the order of the worker's: sequences, and cached tokens of
+        all of them together, a number or [steps]. The result, of the same shape or one number for
+        all, equals :meth:`seconds` of such a batch.
         """
         ...
 

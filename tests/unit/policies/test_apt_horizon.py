@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from aptserve_scheduler.core import Tier
 from aptserve_scheduler.policies import BatchProblem, Decision
@@ -77,21 +78,39 @@ def test_not_beyond_this_iteration_when_a_promotion_may_fit() -> None:
     assert decide(builder(1e-4, num_units=100).build(running, QUEUE))[1] == THIS_ITERATION
 
 
-def test_until_one_that_sits_out_is_worth_its_time() -> None:
+def members(problem: BatchProblem, horizon: Horizon, at: float, *new_tokens: int) -> list[int]:
+    """Who decodes at a time, if these running requests had so many more tokens by then."""
+    assert horizon.members is not None
+    running = problem.running
+    num_cached = running.num_computed_tokens + np.array(new_tokens)
+    pending_since = np.where(num_cached > running.num_computed_tokens, at, problem.now)
+    pending_since -= np.where(pending_since < at, running.pending_seconds, 0.0)
+    chosen: list[int] = horizon.members(at, num_cached, pending_since).nonzero()[0].tolist()
+    return chosen
+
+
+def test_one_that_sits_out_decodes_once_it_is_worth_its_time() -> None:
     """U = 3, a cache of 9 tokens, 1 ms more for each: worth it after a wait of 27 ms."""
     running = [decoding(24), decoding(9, Tier.HIDDEN, pending_seconds=0.007)]
     problem = builder(1e-4 + 1e-3, num_units=61).build(running, QUEUE)
     decision, horizon = decide(problem)
     assert decision.slots.tolist() == [0]
-    assert horizon.num_iterations > 1
-    assert horizon.until == pytest.approx(problem.now + 0.027 - 0.007, abs=1e-6)
+    assert members(problem, horizon, problem.now + 0.0199, 2, 0) == [0]
+    assert members(problem, horizon, problem.now + 0.0201, 2, 0) == [0, 1]
 
 
-def test_one_that_runs_may_sit_out_once_it_has_a_token() -> None:
+def test_one_that_runs_sits_out_once_it_has_a_token() -> None:
     running = [decoding(24), decoding(9, Tier.HIDDEN, pending_seconds=0.5)]
-    decision, horizon = decide(builder(1e-4 + 1e-3, num_units=61).build(running, QUEUE))
+    problem = builder(1e-4 + 1e-3, num_units=61).build(running, QUEUE)
+    decision, horizon = decide(problem)
     assert decision.slots.tolist() == [0, 1]
-    assert horizon == THIS_ITERATION
+    assert members(problem, horizon, problem.now + 0.01, 1, 1) == [0]
+
+
+def test_not_beyond_this_iteration_when_not_all_could_decode_at_once() -> None:
+    running = [decoding(24), decoding(9, Tier.HIDDEN)]
+    tight = builder(1.2e-4, num_units=61, max_num_batched_tokens=1)
+    assert decide(tight.build(running, QUEUE))[1] == THIS_ITERATION
 
 
 @pytest.mark.parametrize("seed", range(400))
@@ -116,23 +135,27 @@ def test_it_decides_as_it_said(seed: int) -> None:
     )
     queue = QUEUE * rng.randint(0, 3)
     problem = world.build(rows, queue)
-    first, horizon = decide(problem)
-    if not is_plain(problem, first):
+    decision, horizon = decide(problem)
+    if not is_plain(problem, decision):
         return
-    chosen = set(first.slots.tolist())
+    expected = set(decision.slots.tolist())
     for _ in range(1, int(min(horizon.num_iterations, 12))):
         seconds = rng.choice((1e-9, 1e-4, 0.003, 0.02))
-        rows = after_step(rows, chosen, seconds)
+        rows = after_step(rows, expected, seconds)
         world = replace(world, now=world.now + seconds)
         problem = world.build(rows, queue)
+        if horizon.members is not None:
+            running = problem.running
+            since = world.now - running.pending_seconds
+            mask = horizon.members(world.now, running.num_computed_tokens, since)
+            expected = set(mask.nonzero()[0].tolist())
         num_grown = sum(
             UNITS[row.tier] * (row.num_computed % 4 == 0)
             for slot, row in enumerate(rows)
-            if slot in chosen
+            if slot in expected
         )
-        if world.now >= horizon.until or problem.num_free_units < num_grown:
+        if not expected or problem.num_free_units < num_grown:
             return
         decision, _ = decide(problem)
-        assert decision.slots.tolist() == first.slots.tolist()
-        assert decision.tiers.tolist() == first.tiers.tolist()
-        assert not len(decision.preempted)
+        assert set(decision.slots.tolist()) == expected
+        assert is_plain(problem, decision)

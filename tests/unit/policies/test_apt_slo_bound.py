@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from aptserve_scheduler.core import CostCoefficients, Objectives, Tier
 from aptserve_scheduler.policies import BatchProblem, Decision
 from aptserve_scheduler.policies.apt_slo import AptSloConfig, AptSloPolicy
 from aptserve_scheduler.sim import SimConfig, SimResult, SimWorker, simulate
+from aptserve_scheduler.sim.worker import Amount
 from support.operations import DEPTHS, TIER_SETS, Driver
 from support.problems import Row, make_problem
 from support.scheduler import KV, make_worker
@@ -216,10 +218,8 @@ class TokenCost:
     ) -> float:
         return 0.01 + 1e-3 * int(num_new.sum())
 
-    def decode_seconds(
-        self, num_sequences: npt.NDArray[np.int64], num_cached: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float64]:
-        return np.full(len(num_cached), 0.01 + 1e-3 * int(num_sequences.sum()))
+    def decode_seconds(self, num_sequences: Sequence[int], num_cached: Sequence[Amount]) -> Amount:
+        return 0.01 + 1e-3 * sum(num_sequences)
 
 
 COST = CostCoefficients(0.01, 1e-3, 0.0, 0.0, {Tier.KV: 0.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,22 +11,29 @@ import numpy as np
 import pytest
 from aptserve_scheduler.core import (
     BatchPlan,
+    CostCoefficients,
     DecodeRun,
+    DecodeTurns,
     Event,
     FinishReason,
+    PlanInFlight,
     RequestFinished,
+    RequestId,
     RequestSpec,
     Scheduler,
     SchedulerConfig,
     SequenceOutput,
     StepResult,
+    Tier,
     TierSpec,
 )
 from aptserve_scheduler.core.table import RequestTable
 from aptserve_scheduler.policies import Policy, create_policy, policy_names
+from aptserve_scheduler.policies.apt import AptPolicy
 from aptserve_scheduler.policies.apt_slo import AptSloConfig, AptSloPolicy
+from aptserve_scheduler.policies.base import Service
 from aptserve_scheduler.policies.qos import QosConfig, QosPolicy
-from support.scheduler import HIDDEN, KV, WORKER, make_request, make_worker
+from support.scheduler import HIDDEN, KV, WORKER, make_cost, make_request, make_worker
 
 STEP = 2**-6
 """Seconds of an iteration; a power of two, so that sums are exact however they are made."""
@@ -37,10 +45,18 @@ IMPATIENT: dict[str, Callable[[], Policy]] = {
 """Policies whose patience of a minute ends within the seconds that are played here."""
 
 
-def make_scheduler(policy: str, tiers: tuple[TierSpec, ...] = (KV,)) -> Scheduler:
-    made = IMPATIENT[policy]() if policy in IMPATIENT else create_policy(policy)
-    scheduler = Scheduler(SchedulerConfig(pipeline_depth=1, learns_costs=False), made)
-    scheduler.add_worker(make_worker(tiers=tiers, num_units=60), 0.0)
+SLOW_HIDDEN = make_cost(seconds_per_cached_token={Tier.KV: 1e-7, Tier.HIDDEN: 1e-3})
+"""So slow that hidden requests sit out again and again."""
+
+
+def make_scheduler(
+    policy: str | Policy, tiers: tuple[TierSpec, ...] = (KV,), cost: CostCoefficients | None = None
+) -> Scheduler:
+    if isinstance(policy, str):
+        policy = IMPATIENT[policy]() if policy in IMPATIENT else create_policy(policy)
+    scheduler = Scheduler(SchedulerConfig(pipeline_depth=1, learns_costs=False), policy)
+    worker = make_worker(tiers=tiers, num_units=60, cost=cost or make_cost())
+    scheduler.add_worker(worker, 0.0)
     return scheduler
 
 
@@ -54,64 +70,118 @@ def answer(plan: BatchPlan, known: dict[str, int]) -> StepResult:
     return StepResult(plan.plan_id, tuple(outputs), STEP)
 
 
-def play(
-    policy: str,
-    tiers: tuple[TierSpec, ...],
-    arrivals: list[tuple[float, RequestSpec]],
-    *,
-    in_runs: bool,
-) -> tuple[dict[str, RequestFinished], int]:
-    """Every request's end, and how many iterations were entered in runs."""
-    scheduler, now, num_skipped = make_scheduler(policy, tiers), 0.0, 0
-    known: dict[str, int] = {}
-    ended: dict[str, RequestFinished] = {}
-    pending = list(arrivals)
-    specs = {spec.request_id: spec for _, spec in arrivals}
+Made = BatchPlan | PlanInFlight | DecodeRun | DecodeTurns | None
 
-    def note(events: list[Event]) -> None:
-        ended.update({e.request_id: e for e in events if isinstance(e, RequestFinished)})
 
-    while pending or scheduler.num_requests:
-        while pending and pending[0][0] <= now:
-            at, spec = pending.pop(0)
-            known[spec.request_id] = len(spec.prompt_token_ids)
-            scheduler.add_request(spec, at)
-        plan = (scheduler.begin_or_run if in_runs else scheduler.plan)(WORKER, now)
-        scheduler.check_integrity()
-        if isinstance(plan, DecodeRun):
-            until = min(plan.until, pending[0][0] if pending else np.inf)
-            most = max(np.ceil((until - now) / STEP), 1)
-            num_steps = int(min(plan.max_steps, most if plan.longest_seconds >= STEP else 1))
-            scheduler.enter_run(WORKER, plan, now + STEP * np.arange(1, num_steps + 1), now)
-            for request_id in plan.request_ids:
-                known[request_id] += num_steps
-            num_skipped += num_steps
-            now += num_steps * STEP
-            for spec in [specs[request_id] for request_id in plan.request_ids]:
-                if known[spec.request_id] == len(spec.prompt_token_ids) + spec.max_tokens:
-                    events = scheduler.finish(spec.request_id, FinishReason.LENGTH, now)
-                    note(events)
-        elif plan is not None:
-            now += STEP
-            if isinstance(plan, BatchPlan):
-                events = scheduler.apply(WORKER, answer(plan, known), now)
-            else:
-                for request_id, end in zip(plan.request_ids, plan.ends.tolist(), strict=True):
-                    known[request_id] += end == known[request_id]
-                never = np.full(len(plan.slots), 10**6)
-                events = scheduler.complete(WORKER, never, STEP, now)
-            note(events)
+class Player:
+    """Plays arrivals to their ends, whose lengths are as far as they may get."""
+
+    def __init__(self, scheduler: Scheduler, arrivals: list[tuple[float, RequestSpec]]) -> None:
+        self.ended: dict[str, RequestFinished] = {}
+        self.num_skipped = 0
+        """Iterations entered without a plan each."""
+        self.num_uneven = 0
+        """Of these, such in which not all of the running decoded."""
+        self._scheduler = scheduler
+        self._pending = list(arrivals)
+        self.now = 0.0
+        self._known: dict[str, int] = {}
+        self._limits = {
+            spec.request_id: len(spec.prompt_token_ids) + spec.max_tokens for _, spec in arrivals
+        }
+
+    def play(self, *, in_runs: bool) -> None:
+        while self._pending or self._scheduler.num_requests:
+            made = self._next(in_runs=in_runs)
+            self._scheduler.check_integrity()
+            self._enter(made)
+            self._scheduler.check_integrity()
+
+    def play_until_turns(self) -> DecodeTurns:
+        while not isinstance(made := self._next(in_runs=True), DecodeTurns):
+            self._enter(made)
+        return made
+
+    def _next(self, *, in_runs: bool) -> Made:
+        while self._pending and self._pending[0][0] <= self.now:
+            at, spec = self._pending.pop(0)
+            self._known[spec.request_id] = len(spec.prompt_token_ids)
+            self._scheduler.add_request(spec, at)
+        scheduler = self._scheduler
+        return (scheduler.begin_or_run if in_runs else scheduler.plan)(WORKER, self.now)
+
+    def _enter(self, made: Made) -> None:
+        if isinstance(made, DecodeRun):
+            self._enter_run(made)
+        elif isinstance(made, DecodeTurns):
+            self._take_turns(made)
+        elif made is not None:
+            self._step(made)
         else:
-            now = pending[0][0]
-        scheduler.check_integrity()
-    return ended, num_skipped
+            self.now = self._next_arrival
+
+    @property
+    def _next_arrival(self) -> float:
+        return self._pending[0][0] if self._pending else math.inf
+
+    def _step(self, plan: BatchPlan | PlanInFlight) -> None:
+        self.now += STEP
+        if isinstance(plan, BatchPlan):
+            result = answer(plan, self._known)
+            self._note(self._scheduler.apply(WORKER, result, self.now))
+            return
+        for request_id, end in zip(plan.request_ids, plan.ends.tolist(), strict=True):
+            self._known[request_id] += end == self._known[request_id]
+        never = np.full(len(plan.slots), 10**6)
+        self._note(self._scheduler.complete(WORKER, never, STEP, self.now))
+
+    def _enter_run(self, run: DecodeRun) -> None:
+        most = max(math.ceil((min(run.until, self._next_arrival, 1e9) - self.now) / STEP), 1)
+        num_steps = min(run.max_steps, most if run.longest_seconds >= STEP else 1)
+        ends = self.now + STEP * np.arange(1, num_steps + 1)
+        self._scheduler.enter_run(WORKER, run, ends, self.now)
+        self.num_skipped += num_steps
+        self.now += num_steps * STEP
+        for request_id in run.request_ids:
+            self._known[request_id] += num_steps
+        self._end_full(run.request_ids)
+
+    def _take_turns(self, turns: DecodeTurns) -> None:
+        start, full = self.now, False
+        while not full and (self.now == start or self.now < self._next_arrival):
+            entries = turns.next(self.now)
+            if entries is None:
+                break
+            self.now += STEP
+            turns.take(entries, self.now)
+            self.num_skipped += 1
+            self.num_uneven += len(entries) < len(turns.slots)
+            for request_id in [turns.request_ids[entry] for entry in entries]:
+                self._known[request_id] += 1
+                full |= self._known[request_id] == self._limits[request_id]
+        self._scheduler.enter_turns(WORKER, turns, start)
+        self._end_full(turns.request_ids)
+
+    def _end_full(self, request_ids: tuple[RequestId, ...]) -> None:
+        """As the caller of a run has to."""
+        for request_id in request_ids:
+            if self._known[request_id] == self._limits[request_id]:
+                length = FinishReason.LENGTH
+                self._note(self._scheduler.finish(request_id, length, self.now))
+
+    def _note(self, events: list[Event]) -> None:
+        self.ended.update({e.request_id: e for e in events if isinstance(e, RequestFinished)})
 
 
-@pytest.mark.parametrize("policy", [*policy_names(), *IMPATIENT])
-@pytest.mark.parametrize("gaps", [(0.0, 0.25, 2.0), (0.0, 0.05, 0.15)], ids=["idle", "crowded"])
-@pytest.mark.parametrize("seed", range(4))
-def test_runs_change_nothing(policy: str, gaps: tuple[float, ...], seed: int) -> None:
-    rng = random.Random(seed)
+def play(
+    scheduler: Scheduler, arrivals: list[tuple[float, RequestSpec]], *, in_runs: bool
+) -> Player:
+    player = Player(scheduler, arrivals)
+    player.play(in_runs=in_runs)
+    return player
+
+
+def random_arrivals(rng: random.Random, gaps: tuple[float, ...]) -> list[tuple[float, RequestSpec]]:
     arrivals = []
     at = 0.0
     for index in range(25):
@@ -123,13 +193,75 @@ def test_runs_change_nothing(policy: str, gaps: tuple[float, ...], seed: int) ->
         priority = rng.choice((0, 0, 1, -2))
         spec = replace(spec, expected_output_tokens=guess, tenant=tenant, priority=priority)
         arrivals.append((at, spec))
+    return arrivals
+
+
+CROWDED = (0.0, 0.05, 0.15)
+
+
+@pytest.mark.parametrize("policy", [*policy_names(), *IMPATIENT])
+@pytest.mark.parametrize("gaps", [(0.0, 0.25, 2.0), CROWDED], ids=["idle", "crowded"])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_change_nothing(policy: str, gaps: tuple[float, ...], seed: int) -> None:
+    arrivals = random_arrivals(random.Random(seed), gaps)
     tiers = (KV, HIDDEN) if seed % 2 else (KV,)
-    one_by_one, none = play(policy, tiers, arrivals, in_runs=False)
-    at_once, num_skipped = play(policy, tiers, arrivals, in_runs=True)
-    assert at_once == one_by_one
-    assert none == 0
-    assert len(at_once) == len(arrivals)
-    assert num_skipped > 0
+    one_by_one = play(make_scheduler(policy, tiers), arrivals, in_runs=False)
+    at_once = play(make_scheduler(policy, tiers), arrivals, in_runs=True)
+    assert at_once.ended == one_by_one.ended
+    assert one_by_one.num_skipped == 0
+    assert len(at_once.ended) == len(arrivals)
+    assert at_once.num_skipped > 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_turns_change_nothing(seed: int) -> None:
+    arrivals = random_arrivals(random.Random(seed), CROWDED)
+    ended = []
+    for in_runs in (False, True):
+        scheduler = make_scheduler("apt", (KV, HIDDEN), SLOW_HIDDEN)
+        played = play(scheduler, arrivals, in_runs=in_runs)
+        ended.append((played.ended, replace(scheduler.snapshot(0.0), oldest_wait_seconds=0.0)))
+    assert ended[0] == ended[1]
+    assert played.num_uneven > 0
+
+
+class FollowingApt(AptPolicy):
+    """Adds up the service it is told of."""
+
+    needs_history = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_tokens = 0
+        self.seconds = 0.0
+
+    def served(self, service: Service) -> None:
+        self.num_tokens += int(service.num_output_tokens.sum())
+        self.seconds += service.seconds
+
+
+def test_a_policy_is_told_of_the_service_in_turns() -> None:
+    totals = []
+    for in_runs in (False, True):
+        policy = FollowingApt()
+        scheduler = make_scheduler(policy, (KV, HIDDEN), SLOW_HIDDEN)
+        arrivals = random_arrivals(random.Random(1), CROWDED)
+        assert (play(scheduler, arrivals, in_runs=in_runs).num_uneven > 0) == in_runs
+        totals.append((policy.num_tokens, policy.seconds))
+    assert totals[0] == totals[1]
+
+
+def test_turns_have_bounds() -> None:
+    arrivals = random_arrivals(random.Random(1), CROWDED)
+    scheduler = make_scheduler("apt", (KV, HIDDEN), SLOW_HIDDEN)
+    player = Player(scheduler, arrivals)
+    turns = player.play_until_turns()
+    with pytest.raises(ValueError, match="no iteration was taken"):
+        scheduler.enter_turns(WORKER, turns, player.now)
+    for _ in range(100):
+        turns.take(np.arange(len(turns.slots)), player.now + STEP)
+    with pytest.raises(ValueError, match="more than its max_tokens"):
+        scheduler.enter_turns(WORKER, turns, player.now)
 
 
 def test_a_run_has_bounds() -> None:

@@ -75,9 +75,11 @@ def test_decodes_in_a_row_take_what_each_takes() -> None:
     cost = LinearCost(COST, (Tier.KV, Tier.HIDDEN))
     num_cached = np.array([30, 10, 7])
     tiers = np.array([1, 2, 1], np.int8)
-    totals = np.array([[37 + 2 * step, 10 + step] for step in range(4)])
+    steps = np.arange(4.0)
     singles = [cost.seconds(num_cached + step, np.ones(3, np.int64), tiers) for step in range(4)]
-    assert cost.decode_seconds(np.array([2, 1]), totals) == pytest.approx(singles, rel=1e-12)
+    series = cost.decode_seconds([2, 1], [37 + 2 * steps, 10 + steps])
+    assert series == pytest.approx(singles, rel=1e-12)
+    assert cost.decode_seconds([2, 1], [37.0, 10.0]) == pytest.approx(singles[0], rel=1e-12)
 
 
 def without(worker: dict[str, Any]) -> None:

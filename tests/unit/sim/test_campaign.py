@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from aptserve_scheduler.sim.runs import (
     paper_objectives,
     run_cell,
 )
+from aptserve_scheduler.sim.worker import Amount
 from support.scheduler import make_worker
 
 Ints = npt.NDArray[np.int64]
@@ -36,8 +38,8 @@ class FixedCost:
     def seconds(self, num_cached: Ints, num_new: Ints, tiers: npt.NDArray[np.int8]) -> float:
         return self.step_seconds
 
-    def decode_seconds(self, num_sequences: Ints, num_cached: Ints) -> npt.NDArray[np.float64]:
-        return np.full(len(num_cached), self.step_seconds)
+    def decode_seconds(self, num_sequences: Sequence[int], num_cached: Sequence[Amount]) -> Amount:
+        return self.step_seconds
 
 
 class DeadlyCost(FixedCost):

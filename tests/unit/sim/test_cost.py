@@ -118,9 +118,10 @@ def test_a_series_of_decodes_takes_what_each_takes(
     tiers = np.repeat(np.array(BOTH, np.int8), counts)
     new = np.ones_like(cached)
     steps = [cached + step for step in range(20)]
-    totals = np.array([[row[tiers == tier].sum() for tier in BOTH] for row in steps])
-    series = cost.decode_seconds(np.array(counts), totals)
-    assert series.tolist() == [cost.seconds(row, new, tiers) for row in steps]
+    totals = [np.array([float(row[tiers == tier].sum()) for row in steps]) for tier in BOTH]
+    expected = [cost.seconds(row, new, tiers) for row in steps]
+    assert cost.decode_seconds(counts, totals).tolist() == expected
+    assert cost.decode_seconds(counts, [series[3] for series in totals]) == expected[3]
 
 
 def test_more_work_takes_longer() -> None:

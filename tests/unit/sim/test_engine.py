@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from aptserve.workload import Trace
-from aptserve_scheduler.core import Objectives
+from aptserve_scheduler.core import (
+    CostCoefficients,
+    DecodeTurns,
+    Objectives,
+    Scheduler,
+    Tier,
+    WorkerId,
+)
 from aptserve_scheduler.policies import policy_names
 from aptserve_scheduler.sim import SimConfig, SimResult, SimWorker, simulate
-from support.scheduler import make_worker
+from aptserve_scheduler.sim.worker import Amount
+from support.scheduler import make_cost, make_worker
 
 Ints = npt.NDArray[np.int64]
 
@@ -22,8 +31,8 @@ class HandyCost:
     def seconds(self, num_cached: Ints, num_new: Ints, tiers: npt.NDArray[np.int8]) -> float:
         return 0.25 + int(num_new.sum()) / 64
 
-    def decode_seconds(self, num_sequences: Ints, num_cached: Ints) -> npt.NDArray[np.float64]:
-        return np.full(len(num_cached), 0.25 + int(num_sequences.sum()) / 64)
+    def decode_seconds(self, num_sequences: Sequence[int], num_cached: Sequence[Amount]) -> Amount:
+        return 0.25 + sum(num_sequences) / 64
 
 
 def make_trace(arrivals: list[float], prompts: list[int], outputs: list[int]) -> Trace:
@@ -46,8 +55,11 @@ def random_trace(seed: int, num: int = 40) -> Trace:
     return make_trace((arrivals - arrivals[0]).tolist(), prompts.tolist(), outputs.tolist())
 
 
-def play(trace: Trace, *, num_workers: int = 1, **changes: object) -> SimResult:
-    workers = tuple(SimWorker(make_worker(f"w{i}"), HandyCost()) for i in range(num_workers))
+def play(
+    trace: Trace, *, num_workers: int = 1, cost: CostCoefficients | None = None, **changes: object
+) -> SimResult:
+    specs = [make_worker(f"w{i}", cost=cost or make_cost()) for i in range(num_workers)]
+    workers = tuple(SimWorker(spec, HandyCost()) for spec in specs)
     config = SimConfig(policy="fcfs", workers=workers, objectives=Objectives(1.0, 1.0))
     return simulate(trace, replace(config, **changes))  # type: ignore[arg-type]
 
@@ -106,6 +118,28 @@ def test_skipping_ahead_changes_nothing(policy: str) -> None:
     # A planning time too short to show in any sum takes the way without short cuts.
     step_by_step = play(trace, policy=policy, planning_seconds=1e-300)
     assert play(trace, policy=policy).records == step_by_step.records
+
+
+def test_taking_turns_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden requests sit out again and again on a worker that is believed to be slow with them."""
+    num_uneven = 0
+    enter = Scheduler.enter_turns
+
+    def counting(self: Scheduler, worker_id: WorkerId, turns: DecodeTurns, now: float) -> None:
+        nonlocal num_uneven
+        num_uneven += sum(len(entries) < len(turns.slots) for entries in turns.entries)
+        enter(self, worker_id, turns, now)
+
+    monkeypatch.setattr(Scheduler, "enter_turns", counting)
+    slow_hidden = make_cost(seconds_per_cached_token={Tier.KV: 1e-7, Tier.HIDDEN: 5e-3})
+    trace = random_trace(7, num=80)
+    settings = {"policy": "apt", "cost": slow_hidden, "max_tokens": 45}
+    step_by_step = play(trace, planning_seconds=1e-300, **settings)
+    assert num_uneven == 0
+    in_turns = play(trace, **settings)
+    assert num_uneven > 0
+    assert in_turns.records == step_by_step.records
+    assert in_turns.num_steps == step_by_step.num_steps
 
 
 def test_lengths_may_be_hidden_from_the_scheduler() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from aptserve_scheduler.core import Tier
 from aptserve_scheduler.sim.cost.hardware import Gpu, tile_rows
 from aptserve_scheduler.sim.cost.models import ModelShape
-from aptserve_scheduler.sim.worker import Floats, Ints, Tiers
+from aptserve_scheduler.sim.worker import Amount, Ints, Tiers
 
 HOST_SECONDS = 1.5e-3
 """Time of an iteration in which the GPU waits: reading the plan, preparing and copying inputs,
@@ -83,16 +83,15 @@ class StepModel:
                 seconds += self.model.num_layers * decode(count, cached)
         return float(seconds)
 
-    def decode_seconds(self, num_sequences: Ints, num_cached: Ints) -> Floats:
-        """Seconds of decodes; ``num_sequences`` [k] and ``num_cached`` [steps, k] per tier."""
-        total = int(num_sequences.sum())
-        seconds = np.full(len(num_cached), self._weights_seconds(total, total))
-        for i, (_, decode) in enumerate(self._decodes):
-            if count := int(num_sequences[i]):
-                # Arithmetic on a plain number is far quicker than on an array of one.
-                is_one = len(seconds) == 1
-                cached = float(num_cached[0, i]) if is_one else num_cached[:, i].astype(float)
-                seconds += self.model.num_layers * decode(count, cached)
+    def decode_seconds(self, num_sequences: Sequence[int], num_cached: Sequence[Amount]) -> Amount:
+        """Seconds of decodes; see :meth:`StepCost.decode_seconds`."""
+        total = sum(num_sequences)
+        seconds = self._weights_seconds(total, total)
+        for count, cached, (_, decode) in zip(
+            num_sequences, num_cached, self._decodes, strict=True
+        ):
+            if count:
+                seconds = seconds + self.model.num_layers * decode(count, cached)
         return seconds
 
     def _weights_seconds(self, num_tokens: int, num_sequences: int) -> float:
