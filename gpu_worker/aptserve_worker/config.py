@@ -108,6 +108,9 @@ class WorkerSettings(BaseSettings):
     """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
     tensor_parallel: int = Field(1, ge=1, le=64)
     """GPUs that share the model, each with a part of every layer; on a CPU, processes."""
+    replica: int | None = Field(None, ge=0)
+    """Number among the workers of this machine, so that each takes GPUs of its own; None: the only
+    one. Without effect where ``device`` names one."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Type of weights and cache."""
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"

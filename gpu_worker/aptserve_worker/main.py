@@ -13,6 +13,7 @@ import uvloop
 from aptserve_worker.config import FAKE_MODEL, WorkerSettings
 from aptserve_worker.device_thread import DeviceStuckError, DeviceThread
 from aptserve_worker.exit_codes import EXIT_BROKEN, EXIT_OK, EXIT_PERMANENT
+from aptserve_worker.gpus import hide_gpus_of_others
 from aptserve_worker.logs import configure_logging
 from aptserve_worker.plan import Engine
 from aptserve_worker.session import RefusedError, WorkerBrokenError, WorkerSession
@@ -27,6 +28,8 @@ def build_engine(settings: WorkerSettings) -> Engine:
         from aptserve_worker.fake import FakeEngine, FakeModel
 
         return FakeEngine(FakeModel.from_settings(settings), overlaps=settings.overlap == "on")
+    if settings.replica is not None and settings.device in ("auto", "cuda"):
+        hide_gpus_of_others(settings.replica, settings.tensor_parallel)
     if settings.tensor_parallel > 1:
         from aptserve_worker.parallel.engine import ParallelEngine
 

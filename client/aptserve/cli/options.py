@@ -183,7 +183,8 @@ Device = Annotated[
         "--device",
         metavar="DEVICE",
         show_default="auto",
-        help="cpu, cuda or cuda:1; auto takes a GPU if there is one.",
+        help="cpu, cuda or cuda:1; auto takes a GPU if there is one, each of several workers "
+        "another.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -158,6 +158,7 @@ def _worker_environments(
             "scheduler": address,
             "join_token": token,
             "worker_id": f"worker-{index}",
+            "replica": index if options.num_workers > 1 else None,
             "leave_timeout_seconds": options.grace_seconds,
         }
         load_worker_settings(own)
