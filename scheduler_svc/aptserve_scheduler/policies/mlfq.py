@@ -38,7 +38,6 @@ from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     Arrival,
     BatchProblem,
-    Bools,
     Candidates,
     Decision,
     Floats,
@@ -48,14 +47,11 @@ from aptserve_scheduler.policies.base import (
     Service,
     decodes_everyone,
 )
-from aptserve_scheduler.policies.chunked import shares
-from aptserve_scheduler.policies.common import indices, make_room_for_oldest
-from aptserve_scheduler.policies.fcfs import WATERMARK
+from aptserve_scheduler.policies.common import indices
 from aptserve_scheduler.policies.prediction import reaching
+from aptserve_scheduler.policies.ranked import ranked_batch
 
 _ROUNDING = 1e-9
-_MOST_PASSES = 8
-"""Times that the memory is shared out anew after somebody did not fit; then the rest loses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,96 +171,3 @@ def prefill_seconds(cost: CostCoefficients, candidates: Candidates) -> Floats:
         + cost.seconds_per_attention_pair * pairs
     )
     return seconds
-
-
-def ranked_batch(
-    problem: BatchProblem, running_levels: Ints, waiting_levels: Ints
-) -> Decision | None:
-    """A batch by rank with preemption: the lowest level first, by arrival within a level.
-
-    Tokens, seats and memory go to running and waiting requests alike in that order. A waiting
-    request that cannot have the memory for all its tokens even from those ranked below lets no
-    other one in before it; running ones go on in what is left. Whose memory is needed loses it,
-    the last in rank first; whoever gets no tokens keeps it otherwise. Caches are KV only.
-    """
-    running, waiting = problem.running, problem.waiting
-    room = _Room.of(problem)
-    line = _line_up(problem, np.concatenate([running_levels, waiting_levels]), room)
-    is_running = line < len(running)
-    computed = np.concatenate([running.num_computed_tokens, waiting.num_computed_tokens])[line]
-    num_tokens = np.concatenate([running.num_tokens, waiting.num_tokens])[line]
-    slots = np.concatenate([running.slots, waiting.slots])[line]
-    chunks = shares(num_tokens - computed, problem.max_num_batched_tokens)
-    chunks[np.cumsum(chunks > 0) > problem.max_num_seqs] = 0
-    units = problem.num_blocks(computed + chunks) * problem.tiers[0].units_per_block
-    kept = _kept(units, is_running | (chunks > 0), room)
-    chosen, preempted = kept & (chunks > 0), is_running & ~kept
-    if not chosen.any():
-        return make_room_for_oldest(problem)
-    num_chosen, num_new = int(chosen.sum()), int((chosen & ~is_running).sum())
-    return Decision(
-        slots=slots[chosen],
-        num_tokens=chunks[chosen],
-        tiers=np.full(num_chosen, Tier.KV, np.int8),
-        preempted=slots[preempted],
-        reason=(
-            f"by rank: {num_chosen - num_new} of {len(running)} running requests and {num_new} "
-            f"of {len(waiting)} waiting ones get {int(chunks[chosen].sum())} tokens, "
-            f"{int(preempted.sum())} of the lowest ranks lose their memory"
-        ),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """What there is to share out, after requests whose end is in flight: they keep theirs."""
-
-    num_units: int
-    num_seats: int
-    """Most requests that may hold memory."""
-    headroom: int
-    """Units that new requests leave free while others run."""
-
-    @classmethod
-    def of(cls, problem: BatchProblem) -> _Room:
-        running = problem.running
-        ending = ~running.schedulable
-        seats = max(problem.max_num_seqs, len(running)) - int(np.count_nonzero(ending))
-        return cls(
-            num_units=problem.num_units - int(running.num_units[ending].sum()),
-            num_seats=seats,
-            headroom=int(WATERMARK * problem.num_units) if len(running) else 0,
-        )
-
-
-def _line_up(problem: BatchProblem, levels: Ints, room: _Room) -> Ints:
-    """Rows of running, then waiting, requests in rank order.
-
-    From the first on for which there can be no room, only running ones.
-    """
-    running, waiting = problem.running, problem.waiting
-    ages = np.concatenate([running.age_seconds, waiting.age_seconds])
-    order = np.lexsort((-ages, levels))
-    order = order[np.concatenate([running.schedulable, waiting.schedulable])[order]]
-    is_running: Bools = order < len(running)
-    num_tokens = np.concatenate([running.num_tokens, waiting.num_tokens])[order]
-    needs = np.cumsum(problem.num_blocks(num_tokens) * problem.tiers[0].units_per_block)
-    fits = needs <= room.num_units - np.where(is_running, 0, room.headroom)
-    fits[room.num_seats :] = False
-    num_fitting = len(order) if fits.all() else int(np.argmin(fits))
-    line: Ints = order[is_running | (np.arange(len(order)) < num_fitting)]
-    return line
-
-
-def _kept(units: Ints, takes_seat: Bools, room: _Room) -> Bools:
-    """Who holds the memory he is to hold; those in front first, the others as they fit."""
-    kept: Bools = np.cumsum(takes_seat) <= room.num_seats
-    for _ in range(_MOST_PASSES):
-        used = np.cumsum(np.where(kept, units, 0))
-        is_over = used > room.num_units
-        if not is_over.any():
-            return kept
-        first = int(np.argmax(is_over))
-        left = room.num_units - int(used[first] - units[first])
-        kept[first:] &= units[first:] <= left
-    return kept & (np.cumsum(np.where(kept, units, 0)) <= room.num_units)

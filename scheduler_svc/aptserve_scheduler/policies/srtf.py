@@ -8,7 +8,7 @@ The remaining time of a request is predicted as
 by the cost model. Level p takes requests of up to ``quantum_seconds * 2^p``; every
 ``ageing_seconds`` since its arrival lift a request by one level. The batch is composed anew in
 every iteration, from the lowest level up, by arrival within a level
-(:func:`~aptserve_scheduler.policies.mlfq.ranked_batch`).
+(:func:`~aptserve_scheduler.policies.ranked.ranked_batch`).
 
 Expected output lengths come from one of three predictors:
 
@@ -52,8 +52,9 @@ from aptserve_scheduler.policies.base import (
     Policy,
     decodes_everyone,
 )
-from aptserve_scheduler.policies.mlfq import prefill_seconds, ranked_batch
+from aptserve_scheduler.policies.mlfq import prefill_seconds
 from aptserve_scheduler.policies.prediction import OutputPredictor, reaching
+from aptserve_scheduler.policies.ranked import ranked_batch
 
 Predictor = Literal["history", "oracle", "noisy"]
 _LEAST_SECONDS = 1e-9
