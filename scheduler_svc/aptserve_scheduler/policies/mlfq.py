@@ -29,6 +29,7 @@ one before.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +46,14 @@ from aptserve_scheduler.policies.base import (
     Ints,
     Policy,
     Service,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.common import indices
 from aptserve_scheduler.policies.prediction import reaching
-from aptserve_scheduler.policies.ranked import ranked_batch
+from aptserve_scheduler.policies.ranked import FirstInLine, ranked_batch
 
 _ROUNDING = 1e-9
+_ROUNDING_SECONDS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,22 @@ class MlfqPolicy(Policy):
         )
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
-        """Without end when everyone decodes: queues then decide about the batch\'s order alone."""
-        return Horizon() if decodes_everyone(problem, decision) else THIS_ITERATION
+        """As long as all running decode and the first in line does not fit.
+
+        That is, until a quantum is used up, or somebody who starves comes before it.
+        """
+        if not decodes_all_running(problem, decision):
+            return THIS_ITERATION
+        waiting = problem.waiting
+        if not len(waiting):
+            return Horizon()
+        first = FirstInLine.of(problem, self._queue[waiting.slots])
+        demotions = self._seconds_to(problem.running.slots, first.levels_behind())
+        fits_at = problem.now + first.fits_at(demotions)
+        rivals = first.overtakers(np.zeros(len(waiting), np.int64))
+        starve_at = self._served_at[waiting.slots[rivals]] + self.config.starving_seconds
+        until = min(fits_at, float(starve_at.min(initial=math.inf)))
+        return Horizon(until=until - _ROUNDING_SECONDS)
 
     def arrived(self, arrival: Arrival) -> None:
         """It joins a queue when it is first seen beside a worker, whose speed decides which."""
@@ -146,6 +162,18 @@ class MlfqPolicy(Policy):
         self._enter(candidates.slots[new], queue.astype(np.int64), now)
         self._served_at[candidates.slots[new]] -= candidates.pending_seconds[new]
         self._has_joined[candidates.slots[new]] = True
+
+    def _seconds_to(self, slots: Ints, queues: Ints) -> Floats:
+        """[n] service that each still needs to be in a queue or one further down."""
+        entry = self._entry[slots]
+        # One that was promoted stays at the top for the quantum of the queue it came from.
+        reached = np.maximum(queues, entry + 1)
+        # Twice the tolerance of ``served``, which must not find that it was reached any sooner.
+        quanta = np.exp2(reached - 2 * _ROUNDING) - np.exp2(entry)
+        seconds = self.config.quantum_seconds * quanta - self._service_seconds[slots]
+        seconds[reached >= self.config.num_queues] = np.inf
+        seconds[self._queue[slots] >= queues] = 0.0
+        return np.maximum(seconds, 0.0)
 
     def _promote_starving(self, candidates: Candidates, now: float) -> None:
         slots = candidates.slots[candidates.schedulable]

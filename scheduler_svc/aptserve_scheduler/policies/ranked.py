@@ -5,14 +5,15 @@ The lowest level goes first, by arrival within a level. Caches are KV only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Decision, Ints
+from aptserve_scheduler.policies.base import BatchProblem, Bools, Decision, Floats, Ints
 from aptserve_scheduler.policies.chunked import shares
-from aptserve_scheduler.policies.common import make_room_for_oldest
+from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
 
 _MOST_PASSES = 8
@@ -55,6 +56,63 @@ def ranked_batch(
             f"{int(preempted.sum())} of the lowest ranks lose their memory"
         ),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FirstInLine:
+    """The waiting request of the best rank: while it does not fit, no other one comes in.
+
+    All running requests decode: their caches only grow, so it goes without until enough of those
+    before it in rank fall behind it, or it moves up, or another one comes first. Equal ages count
+    as equal arrivals, of which the running request goes first.
+    """
+
+    problem: BatchProblem
+    waiting_levels: Ints
+    row: int
+    """Of ``problem.waiting``."""
+
+    @classmethod
+    def of(cls, problem: BatchProblem, waiting_levels: Ints) -> FirstInLine:
+        """At least one request waits; they are in arrival order."""
+        return cls(problem, waiting_levels, int(waiting_levels.argmin()))
+
+    def levels_behind(self) -> Ints:
+        """[n] lowest level in which each running request ranks behind it."""
+        problem = self.problem
+        is_older = problem.running.age_seconds >= problem.waiting.age_seconds[self.row]
+        levels: Ints = self.waiting_levels[self.row] + is_older
+        return levels
+
+    def overtakers(self, next_levels: Ints) -> Ints:
+        """Rows of those waiting who would come first on the way to lower levels, itself included.
+
+        ``next_levels`` [n]: the level that each goes to next, its present one if to no other.
+        """
+        level = self.waiting_levels[self.row]
+        comes_first = next_levels < level
+        older = slice(0, self.row)
+        comes_first[older] |= next_levels[older] == level
+        return indices(comes_first)
+
+    def fits_at(self, falls_behind: Floats) -> float:
+        """When it might have memory and a seat, those behind it losing theirs.
+
+        ``falls_behind`` [n]: when each running request is behind it, in any unit, infinite if
+        never. The answer is one of these moments.
+        """
+        problem, running = self.problem, self.problem.running
+        room = _Room.of(problem)
+        units = problem.num_blocks(running.num_tokens) * problem.tiers[0].units_per_block
+        needed = problem.num_blocks(problem.waiting.num_tokens[self.row])
+        missing = int(needed) * problem.tiers[0].units_per_block + int(units.sum())
+        missing -= room.num_units - room.headroom
+        order = falls_behind.argsort()
+        num_behind = 1 + int(units[order].cumsum().searchsorted(missing))
+        num_behind = max(num_behind, len(running) + 1 - room.num_seats)
+        return (
+            float(falls_behind[order[num_behind - 1]]) if num_behind <= len(running) else math.inf
+        )
 
 
 @dataclass(frozen=True, slots=True)

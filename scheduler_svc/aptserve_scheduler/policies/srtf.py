@@ -50,14 +50,17 @@ from aptserve_scheduler.policies.base import (
     Horizon,
     Ints,
     Policy,
-    decodes_everyone,
+    decodes_all_running,
 )
 from aptserve_scheduler.policies.mlfq import prefill_seconds
 from aptserve_scheduler.policies.prediction import OutputPredictor, reaching
-from aptserve_scheduler.policies.ranked import ranked_batch
+from aptserve_scheduler.policies.ranked import FirstInLine, ranked_batch
 
 Predictor = Literal["history", "oracle", "noisy"]
 _LEAST_SECONDS = 1e-9
+_ROUNDING_SECONDS = 1e-6
+_LOOKAHEAD = np.arange(1, 17)[:, None]
+"""[k, 1] further tokens for which a decision is compared with those that follow it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class SrtfPolicy(Policy):
         self._history = OutputPredictor()
         self._noise = np.random.default_rng(self.config.seed)
         self._log_factor = np.zeros(0, np.float64)
+        self._waiting_levels = np.zeros(0, np.int64)
+        """Of the latest decision."""
 
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
         """KV alone."""
@@ -108,15 +113,31 @@ class SrtfPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Whom to serve, from the lowest level up."""
-        return ranked_batch(
-            problem,
-            self._levels(problem.running, problem.cost),
-            self._levels(problem.waiting, problem.cost),
-        )
+        running_levels = self._levels(problem.running, problem.cost)
+        self._waiting_levels = self._levels(problem.waiting, problem.cost)
+        return ranked_batch(problem, running_levels, self._waiting_levels)
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
-        """Without end when everyone decodes: levels then decide about the batch\'s order alone."""
-        return Horizon() if decodes_everyone(problem, decision) else THIS_ITERATION
+        """As long as all running decode and the first in line does not fit.
+
+        How the levels of those who run depend on the tokens they get is looked at for the next
+        ``_LOOKAHEAD`` tokens. Time only lowers levels, which matters for those who wait alone.
+        """
+        if not decodes_all_running(problem, decision):
+            return THIS_ITERATION
+        waiting = problem.waiting
+        if not len(waiting):
+            return Horizon()
+        first = FirstInLine.of(problem, self._waiting_levels)
+        ahead = self._levels(problem.running, problem.cost, _LOOKAHEAD)
+        is_behind = ahead >= first.levels_behind()
+        falls_behind = np.where(is_behind.any(axis=0), is_behind.argmax(axis=0), np.inf)
+        num_later = min(first.fits_at(falls_behind), len(_LOOKAHEAD))
+        rivals = first.overtakers(np.maximum(self._waiting_levels - 1, 0))
+        ageing = self.config.ageing_seconds
+        lift_seconds = ageing - waiting.age_seconds[rivals] % ageing
+        until = problem.now + float(lift_seconds.min(initial=ageing)) - _ROUNDING_SECONDS
+        return Horizon(1 + num_later, until)
 
     def arrived(self, arrival: Arrival) -> None:
         """Draw the error of its prediction, or note the size of its prompt."""
@@ -131,27 +152,34 @@ class SrtfPolicy(Policy):
         if self.config.predictor == "history":
             self._history.ended(slot, num_output_tokens, completed=completed)
 
-    def _levels(self, candidates: Candidates, cost: CostCoefficients) -> Ints:
+    def _levels(
+        self, candidates: Candidates, cost: CostCoefficients, num_more: Ints | int = 0
+    ) -> Ints:
+        """[n] level of each; [k, n] for ``num_more`` [k, 1], with so many tokens more, each of
+        which was computed and brought another one, and no time passed."""
         config = self.config
-        remaining = self._remaining_seconds(candidates, cost)
+        remaining = self._remaining_seconds(candidates, cost, num_more)
         doublings = np.ceil(np.log2(np.maximum(remaining, _LEAST_SECONDS) / config.quantum_seconds))
         lifts = np.floor(candidates.age_seconds / config.ageing_seconds) + candidates.priorities
         highest = config.num_levels - 1
         levels: Floats = np.clip(np.clip(doublings, 0, highest) - lifts, 0, highest)
         return levels.astype(np.int64)
 
-    def _remaining_seconds(self, candidates: Candidates, cost: CostCoefficients) -> Floats:
+    def _remaining_seconds(
+        self, candidates: Candidates, cost: CostCoefficients, num_more: Ints | int
+    ) -> Floats:
         to_compute = candidates.num_remaining_tokens
         # A single token is the decode iteration that samples the first of the expected ones.
         prefill = np.where(to_compute > 1, prefill_seconds(cost, candidates), 0.0)
         per_cached = cost.seconds_per_cached_token.get(Tier.KV, 0.0)
         decode = cost.base_seconds + cost.seconds_per_token + cost.seconds_per_sequence
-        per_token = decode + per_cached * candidates.num_tokens
-        seconds: Floats = prefill + per_token * self._remaining_tokens(candidates)
+        per_token = decode + per_cached * (candidates.num_tokens + num_more)
+        seconds: Floats = prefill + per_token * self._remaining_tokens(candidates, num_more)
         return seconds
 
-    def _remaining_tokens(self, candidates: Candidates) -> Floats:
-        num_output, num_prompt = candidates.num_output_tokens, candidates.num_prompt_tokens
+    def _remaining_tokens(self, candidates: Candidates, num_more: Ints | int) -> Floats:
+        num_output = candidates.num_output_tokens + num_more
+        num_prompt = candidates.num_prompt_tokens
         most = candidates.max_num_tokens - num_prompt - num_output
         if self.config.predictor == "history":
             return self._history.remaining(num_output, num_prompt, most)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import numpy as np
+import pytest
 from aptserve_scheduler.policies import Decision
-from aptserve_scheduler.policies.ranked import ranked_batch
+from aptserve_scheduler.policies.ranked import FirstInLine, ranked_batch
 from support.problems import Row, make_problem
 
 WIDE = {"num_units": 1000, "max_num_batched_tokens": 64}
@@ -91,3 +94,51 @@ def test_all_that_stand_in_the_way_go_however_many() -> None:
     left = sum(lost) - 80 - 2 * (len(decision.slots) - 1)
     assert chosen(decision)[60] == 40
     assert 0 <= left < min(lost) + 2  # none of them could have had its next token
+
+
+# Decodes of all who run, beside somebody who waits
+
+
+def first_in_line(
+    running: list[Row], waiting: list[tuple[int, Row]], **changes: object
+) -> FirstInLine:
+    problem = make_problem(running, [row for _, row in waiting], **{**WIDE, **changes})
+    return FirstInLine.of(problem, np.array([level for level, _ in waiting]))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "moment"), [(5, 3.0), (10, 3.0), (11, 5.0), (20, 5.0), (21, 8.0), (31, inf)]
+)
+def test_the_first_in_line_fits_once_enough_memory_is_behind_it(
+    num_tokens: int, moment: float
+) -> None:
+    waiting = [(0, Row(0, num_tokens)), (0, Row(0, 1))]
+    first = first_in_line([HOLDS_TEN] * 3, waiting, num_units=60)
+    assert first.fits_at(np.array([8.0, 3.0, 5.0])) == moment
+
+
+def test_new_requests_leave_some_memory_free() -> None:
+    falls_behind = np.array([8.0, 3.0])
+    first = first_in_line([HOLDS_TEN] * 2, [(0, Row(0, 90))], num_units=200)
+    assert first.fits_at(falls_behind) == 8.0  # 2 units are left free, 178 are there at first
+    first = first_in_line([HOLDS_TEN] * 2, [(0, Row(0, 89))], num_units=200)
+    assert first.fits_at(falls_behind) == 3.0
+
+
+def test_the_first_in_line_needs_a_seat_too() -> None:
+    first = first_in_line([HOLDS_TEN] * 3, [(0, Row(0, 1))], max_num_seqs=3)
+    assert first.fits_at(np.array([8.0, 3.0, inf])) == 3.0
+
+
+def test_who_is_behind_the_first_in_line() -> None:
+    running = [Row(9, 10, age_seconds=age) for age in (3.0, 2.0, 1.0)]
+    waiting = [(4, Row(0, 9, age_seconds=4.0)), (2, Row(0, 9, age_seconds=2.0))]
+    assert first_in_line(running, waiting).levels_behind().tolist() == [3, 3, 2]
+
+
+def test_who_comes_first_on_the_way_to_lower_levels() -> None:
+    waiting = [(level, Row(0, 9)) for level in (4, 3, 2, 2, 3)]
+    first = first_in_line([], waiting)
+    assert first.overtakers(np.array([4, 3, 2, 2, 3])).tolist() == []
+    assert first.overtakers(np.array([3, 2, 1, 1, 2])).tolist() == [1, 2, 3]
+    assert first.overtakers(np.zeros(5, np.int64)).tolist() == [0, 1, 2, 3, 4]

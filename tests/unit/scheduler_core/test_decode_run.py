@@ -32,7 +32,9 @@ from aptserve_scheduler.policies import Policy, create_policy, policy_names
 from aptserve_scheduler.policies.apt import AptPolicy
 from aptserve_scheduler.policies.apt_slo import AptSloConfig, AptSloPolicy
 from aptserve_scheduler.policies.base import Service
+from aptserve_scheduler.policies.mlfq import MlfqConfig, MlfqPolicy
 from aptserve_scheduler.policies.qos import QosConfig, QosPolicy
+from aptserve_scheduler.policies.srtf import SrtfConfig, SrtfPolicy
 from support.scheduler import HIDDEN, KV, WORKER, make_cost, make_request, make_worker
 
 STEP = 2**-6
@@ -40,7 +42,9 @@ STEP = 2**-6
 
 IMPATIENT: dict[str, Callable[[], Policy]] = {
     "impatient apt-slo": lambda: AptSloPolicy(AptSloConfig(patience_seconds=0.2)),
+    "impatient mlfq": lambda: MlfqPolicy(MlfqConfig(starving_seconds=0.3)),
     "impatient qos": lambda: QosPolicy(QosConfig(relegated_share=0.2, relegated_seconds=0.3)),
+    "impatient srtf": lambda: SrtfPolicy(SrtfConfig(quantum_seconds=0.01, ageing_seconds=0.2)),
 }
 """Policies whose patience of a minute ends within the seconds that are played here."""
 
