@@ -50,7 +50,7 @@ from aptserve_scheduler.policies.base import (
 )
 from aptserve_scheduler.policies.common import indices
 from aptserve_scheduler.policies.prediction import reaching
-from aptserve_scheduler.policies.ranked import FirstInLine, ranked_batch
+from aptserve_scheduler.policies.ranked import Everyone, FirstInLine, ranked_batch
 
 _ROUNDING = 1e-9
 _ROUNDING_SECONDS = 1e-6
@@ -97,14 +97,11 @@ class MlfqPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Whom to serve, from the top queue down."""
-        for candidates in (problem.running, problem.waiting):
-            if len(candidates):
-                self._reach(int(candidates.slots.max()))
-                self._join(candidates, problem.cost, problem.now)
-                self._promote_starving(candidates, problem.now)
-        return ranked_batch(
-            problem, self._queue[problem.running.slots], self._queue[problem.waiting.slots]
-        )
+        everyone = Everyone(problem)
+        self._reach(int(everyone.slots.max(initial=0)))
+        self._join(everyone, problem.cost, problem.now)
+        self._promote_starving(everyone, problem.now)
+        return ranked_batch(problem, everyone, self._queue[everyone.slots])
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
         """As long as all running decode and the first in line does not fit.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from aptserve_scheduler.core.types import Tier
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Decision, Floats, Ints
+from aptserve_scheduler.policies.base import BatchProblem, Bools, Candidates, Decision, Floats, Ints
 from aptserve_scheduler.policies.chunked import shares
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
@@ -20,10 +21,23 @@ _MOST_PASSES = 8
 """Times that the memory is shared out anew after somebody did not fit; then the rest loses it."""
 
 
-def ranked_batch(
-    problem: BatchProblem, running_levels: Ints, waiting_levels: Ints
-) -> Decision | None:
-    """A batch by rank with preemption: the lowest level first, by arrival within a level.
+class Everyone(Candidates):
+    """Running, then waiting requests as one; a column is joined when it is read for the first time.
+
+    What is computed for all of them at once costs half of what it would for either kind in turn.
+    """
+
+    def __init__(self, problem: BatchProblem) -> None:
+        object.__setattr__(self, "_kinds", (problem.running, problem.waiting))
+
+    def __getattr__(self, name: str) -> Any:  # a field of Candidates that is not filled in yet
+        column = np.concatenate([getattr(kind, name) for kind in self._kinds])
+        object.__setattr__(self, name, column)
+        return column
+
+
+def ranked_batch(problem: BatchProblem, everyone: Everyone, levels: Ints) -> Decision | None:
+    """A batch by rank with preemption: the lowest of ``levels`` first, by arrival within a level.
 
     Tokens, seats and memory go to running and waiting requests alike in that order. A waiting
     request that cannot have the memory for all its tokens even from those ranked below lets no
@@ -32,12 +46,11 @@ def ranked_batch(
     """
     running, waiting = problem.running, problem.waiting
     room = _Room.of(problem)
-    line = _line_up(problem, np.concatenate([running_levels, waiting_levels]), room)
+    line = _line_up(problem, everyone, levels, room)
     is_running = line < len(running)
-    computed = np.concatenate([running.num_computed_tokens, waiting.num_computed_tokens])[line]
-    num_tokens = np.concatenate([running.num_tokens, waiting.num_tokens])[line]
-    slots = np.concatenate([running.slots, waiting.slots])[line]
-    chunks = shares(num_tokens - computed, problem.max_num_batched_tokens)
+    computed, slots = everyone.num_computed_tokens[line], everyone.slots[line]
+    num_remaining = everyone.num_tokens[line] - computed
+    chunks = shares(num_remaining, problem.max_num_batched_tokens)
     chunks[np.cumsum(chunks > 0) > problem.max_num_seqs] = 0
     units = problem.num_blocks(computed + chunks) * problem.tiers[0].units_per_block
     kept = _kept(units, is_running | (chunks > 0), room)
@@ -137,21 +150,18 @@ class _Room:
         )
 
 
-def _line_up(problem: BatchProblem, levels: Ints, room: _Room) -> Ints:
+def _line_up(problem: BatchProblem, everyone: Everyone, levels: Ints, room: _Room) -> Ints:
     """Rows of running, then waiting, requests in rank order.
 
     From the first on for which there can be no room, only running ones.
     """
-    running, waiting = problem.running, problem.waiting
-    ages = np.concatenate([running.age_seconds, waiting.age_seconds])
-    order = np.lexsort((-ages, levels))
-    order = order[np.concatenate([running.schedulable, waiting.schedulable])[order]]
-    is_running: Bools = order < len(running)
-    num_tokens = np.concatenate([running.num_tokens, waiting.num_tokens])[order]
-    needs = np.cumsum(problem.num_blocks(num_tokens) * problem.tiers[0].units_per_block)
-    fits = needs <= room.num_units - np.where(is_running, 0, room.headroom)
+    order = np.lexsort((-everyone.age_seconds, levels))
+    order = order[everyone.schedulable[order]]
+    is_running: Bools = order < len(problem.running)
+    units = problem.num_blocks(everyone.num_tokens[order]) * problem.tiers[0].units_per_block
+    fits = units.cumsum() <= room.num_units - np.where(is_running, 0, room.headroom)
     fits[room.num_seats :] = False
-    num_fitting = len(order) if fits.all() else int(np.argmin(fits))
+    num_fitting = len(order) if fits.all() else int(fits.argmin())
     line: Ints = order[is_running | (np.arange(len(order)) < num_fitting)]
     return line
 

@@ -54,7 +54,7 @@ from aptserve_scheduler.policies.base import (
 )
 from aptserve_scheduler.policies.mlfq import prefill_seconds
 from aptserve_scheduler.policies.prediction import OutputPredictor, reaching
-from aptserve_scheduler.policies.ranked import FirstInLine, ranked_batch
+from aptserve_scheduler.policies.ranked import Everyone, FirstInLine, ranked_batch
 
 Predictor = Literal["history", "oracle", "noisy"]
 _LEAST_SECONDS = 1e-9
@@ -113,9 +113,10 @@ class SrtfPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Whom to serve, from the lowest level up."""
-        running_levels = self._levels(problem.running, problem.cost)
-        self._waiting_levels = self._levels(problem.waiting, problem.cost)
-        return ranked_batch(problem, running_levels, self._waiting_levels)
+        everyone = Everyone(problem)
+        levels = self._levels(everyone, problem.cost)
+        self._waiting_levels = levels[len(problem.running) :]
+        return ranked_batch(problem, everyone, levels)
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
         """As long as all running decode and the first in line does not fit.

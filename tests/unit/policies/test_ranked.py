@@ -7,7 +7,7 @@ from math import inf
 import numpy as np
 import pytest
 from aptserve_scheduler.policies import Decision
-from aptserve_scheduler.policies.ranked import FirstInLine, ranked_batch
+from aptserve_scheduler.policies.ranked import Everyone, FirstInLine, ranked_batch
 from support.problems import Row, make_problem
 
 WIDE = {"num_units": 1000, "max_num_batched_tokens": 64}
@@ -20,8 +20,8 @@ def batch(
     problem = make_problem(
         [row for _, row in running], [row for _, row in waiting], **{**WIDE, **changes}
     )
-    levels = [np.array([level for level, _ in rows], np.int64) for rows in (running, waiting)]
-    decision = ranked_batch(problem, *levels)
+    levels = np.array([level for level, _ in [*running, *waiting]])
+    decision = ranked_batch(problem, Everyone(problem), levels)
     assert decision is not None
     return decision
 
@@ -72,7 +72,7 @@ def test_requests_whose_end_is_in_flight_keep_memory_and_seat() -> None:
     decision = batch([(5, ending)], [(0, Row(0, 4)), (0, Row(0, 4))], max_num_seqs=2)
     assert chosen(decision) == {1: 4}
     problem = make_problem([ending, Row(1, 2)], num_units=58)
-    assert ranked_batch(problem, np.zeros(2, np.int64), np.zeros(0, np.int64)) is None
+    assert ranked_batch(problem, Everyone(problem), np.zeros(2, np.int64)) is None
 
 
 def test_small_ones_stay_where_a_large_one_must_go() -> None:
