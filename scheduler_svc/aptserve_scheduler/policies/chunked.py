@@ -159,6 +159,6 @@ def _start(problem: BatchProblem, candidates: Ints, going: _Going) -> tuple[Ints
 
 def shares(wanted: Ints, budget: int) -> Ints:
     """What each gets of a budget when they are served in turn, each as far as it reaches."""
-    before = np.cumsum(wanted) - wanted
-    got: Ints = np.clip(budget - before, 0, wanted)
+    before = wanted.cumsum() - wanted
+    got: Ints = np.minimum(np.maximum(budget - before, 0), wanted)
     return got

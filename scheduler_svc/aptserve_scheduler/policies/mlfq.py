@@ -142,6 +142,8 @@ class MlfqPolicy(Policy):
         self._queue[slots] = np.where(queue > entry, queue, self._queue[slots])
 
     def _reach(self, slot: int) -> None:
+        if slot < len(self._queue):
+            return
         self._has_joined = reaching(self._has_joined, slot)
         self._entry = reaching(self._entry, slot)
         self._queue = reaching(self._queue, slot)
@@ -176,6 +178,8 @@ class MlfqPolicy(Policy):
         slots = candidates.slots[candidates.schedulable]
         starves = now - self._served_at[slots] >= self.config.starving_seconds
         starving = slots[starves & (self._queue[slots] > 0)]
+        if not len(starving):
+            return
         self._enter(starving, self._queue[starving], now)
         self._queue[starving] = 0
 

@@ -17,6 +17,7 @@ from aptserve_scheduler.policies.chunked import shares
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
 
+_KV = int(Tier.KV)
 _MOST_PASSES = 8
 """Times that the memory is shared out anew after somebody did not fit; then the rest loses it."""
 
@@ -51,22 +52,23 @@ def ranked_batch(problem: BatchProblem, everyone: Everyone, levels: Ints) -> Dec
     computed, slots = everyone.num_computed_tokens[line], everyone.slots[line]
     num_remaining = everyone.num_tokens[line] - computed
     chunks = shares(num_remaining, problem.max_num_batched_tokens)
-    chunks[np.cumsum(chunks > 0) > problem.max_num_seqs] = 0
+    chunks[(chunks > 0).cumsum() > problem.max_num_seqs] = 0
     units = problem.num_blocks(computed + chunks) * problem.tiers[0].units_per_block
     kept = _kept(units, is_running | (chunks > 0), room)
     chosen, preempted = kept & (chunks > 0), is_running & ~kept
-    if not chosen.any():
+    num_chosen = int(np.count_nonzero(chosen))
+    if not num_chosen:
         return make_room_for_oldest(problem)
-    num_chosen, num_new = int(chosen.sum()), int((chosen & ~is_running).sum())
+    num_new = int(np.count_nonzero(chosen & ~is_running))
     return Decision(
         slots=slots[chosen],
         num_tokens=chunks[chosen],
-        tiers=np.full(num_chosen, Tier.KV, np.int8),
+        tiers=np.full(num_chosen, _KV, np.int8),
         preempted=slots[preempted],
         reason=(
             f"by rank: {num_chosen - num_new} of {len(running)} running requests and {num_new} "
             f"of {len(waiting)} waiting ones get {int(chunks[chosen].sum())} tokens, "
-            f"{int(preempted.sum())} of the lowest ranks lose their memory"
+            f"{int(np.count_nonzero(preempted))} of the lowest ranks lose their memory"
         ),
     )
 
@@ -157,24 +159,24 @@ def _line_up(problem: BatchProblem, everyone: Everyone, levels: Ints, room: _Roo
     """
     order = np.lexsort((-everyone.age_seconds, levels))
     order = order[everyone.schedulable[order]]
-    is_running: Bools = order < len(problem.running)
+    in_line: Bools = order < len(problem.running)
     units = problem.num_blocks(everyone.num_tokens[order]) * problem.tiers[0].units_per_block
-    fits = units.cumsum() <= room.num_units - np.where(is_running, 0, room.headroom)
+    fits = units.cumsum() <= room.num_units - room.headroom * ~in_line
     fits[room.num_seats :] = False
     num_fitting = len(order) if fits.all() else int(fits.argmin())
-    line: Ints = order[is_running | (np.arange(len(order)) < num_fitting)]
+    in_line[:num_fitting] = True
+    line: Ints = order[in_line]
     return line
 
 
 def _kept(units: Ints, takes_seat: Bools, room: _Room) -> Bools:
     """Who holds the memory he is to hold; those in front first, the others as they fit."""
-    kept: Bools = np.cumsum(takes_seat) <= room.num_seats
+    kept: Bools = takes_seat.cumsum() <= room.num_seats
     for _ in range(_MOST_PASSES):
-        used = np.cumsum(np.where(kept, units, 0))
-        is_over = used > room.num_units
-        if not is_over.any():
+        used = (units * kept).cumsum()
+        first = int(used.searchsorted(room.num_units, side="right"))
+        if first == len(used):
             return kept
-        first = int(np.argmax(is_over))
         left = room.num_units - int(used[first] - units[first])
         kept[first:] &= units[first:] <= left
-    return kept & (np.cumsum(np.where(kept, units, 0)) <= room.num_units)
+    return kept & ((units * kept).cumsum() <= room.num_units)

@@ -163,15 +163,15 @@ class SrtfPolicy(Policy):
         doublings = np.ceil(np.log2(np.maximum(remaining, _LEAST_SECONDS) / config.quantum_seconds))
         lifts = np.floor(candidates.age_seconds / config.ageing_seconds) + candidates.priorities
         highest = config.num_levels - 1
-        levels: Floats = np.clip(np.clip(doublings, 0, highest) - lifts, 0, highest)
-        return levels.astype(np.int64)
+        levels: Floats = np.minimum(np.maximum(doublings, 0), highest) - lifts
+        return np.minimum(np.maximum(levels, 0), highest).astype(np.int64)
 
     def _remaining_seconds(
         self, candidates: Candidates, cost: CostCoefficients, num_more: Ints | int
     ) -> Floats:
         to_compute = candidates.num_remaining_tokens
         # A single token is the decode iteration that samples the first of the expected ones.
-        prefill = np.where(to_compute > 1, prefill_seconds(cost, candidates), 0.0)
+        prefill = prefill_seconds(cost, candidates) * (to_compute > 1)
         per_cached = cost.seconds_per_cached_token.get(Tier.KV, 0.0)
         decode = cost.base_seconds + cost.seconds_per_token + cost.seconds_per_sequence
         per_token = decode + per_cached * (candidates.num_tokens + num_more)
