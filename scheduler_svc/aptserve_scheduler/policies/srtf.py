@@ -113,31 +113,25 @@ class SrtfPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """Whom to serve, from the lowest level up."""
-        everyone = Everyone(problem)
-        levels = self._levels(everyone, problem.cost)
+        everyone, cost = Everyone(problem), problem.cost
+        remaining = _compute_seconds(everyone, cost) + self._decode_seconds(everyone, cost)
+        levels = self._levels(everyone, remaining)
         self._waiting_levels = levels[len(problem.running) :]
         return ranked_batch(problem, everyone, levels)
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
         """As long as all running decode and the first in line does not fit.
 
-        How the levels of those who run depend on the tokens they get is looked at for the next
-        ``_LOOKAHEAD`` tokens. Time only lowers levels, which matters for those who wait alone.
+        That is, until those who run are expected to take longer for the tokens they got, or
+        somebody who waits comes before it by ageing. Ageing keeps those who run where they are.
         """
         if not decodes_all_running(problem, decision):
             return THIS_ITERATION
-        waiting = problem.waiting
-        if not len(waiting):
+        if not len(problem.waiting):
             return Horizon()
         first = FirstInLine.of(problem, self._waiting_levels)
-        ahead = self._levels(problem.running, problem.cost, _LOOKAHEAD)
-        is_behind = ahead >= first.levels_behind()
-        falls_behind = np.where(is_behind.any(axis=0), is_behind.argmax(axis=0), np.inf)
-        num_later = min(first.fits_at(falls_behind), len(_LOOKAHEAD))
-        rivals = first.overtakers(np.maximum(self._waiting_levels - 1, 0))
-        ageing = self.config.ageing_seconds
-        lift_seconds = ageing - waiting.age_seconds[rivals] % ageing
-        until = problem.now + float(lift_seconds.min(initial=ageing)) - _ROUNDING_SECONDS
+        num_later = self._num_decodes_before_it(problem, first)
+        until = problem.now + self._seconds_to_lift(problem.waiting, first) - _ROUNDING_SECONDS
         return Horizon(1 + num_later, until)
 
     def arrived(self, arrival: Arrival) -> None:
@@ -153,29 +147,41 @@ class SrtfPolicy(Policy):
         if self.config.predictor == "history":
             self._history.ended(slot, num_output_tokens, completed=completed)
 
-    def _levels(
-        self, candidates: Candidates, cost: CostCoefficients, num_more: Ints | int = 0
-    ) -> Ints:
-        """[n] level of each; [k, n] for ``num_more`` [k, 1], with so many tokens more, each of
-        which was computed and brought another one, and no time passed."""
+    def _num_decodes_before_it(self, problem: BatchProblem, first: FirstInLine) -> float:
+        """Further tokens for which those before the first in line leave it no room.
+
+        Their levels are those of now or, by ageing, lower.
+        """
+        running = problem.running
+        ahead = self._levels(running, self._decode_seconds(running, problem.cost, _LOOKAHEAD))
+        is_behind = ahead >= first.levels_behind()
+        falls_behind = np.where(is_behind.any(axis=0), is_behind.argmax(axis=0), np.inf)
+        return min(first.fits_at(falls_behind), len(_LOOKAHEAD))
+
+    def _seconds_to_lift(self, waiting: Candidates, first: FirstInLine) -> float:
+        """Time until somebody who waits may come first by the next level, or anyone by two."""
+        ageing = self.config.ageing_seconds
+        rivals = first.overtakers(np.maximum(self._waiting_levels - 1, 0))
+        seconds = ageing - waiting.age_seconds[rivals] % ageing
+        return float(seconds.min(initial=ageing))
+
+    def _levels(self, candidates: Candidates, remaining_seconds: Floats) -> Ints:
+        """[..., n] level of each by its remaining time [..., n]."""
         config = self.config
-        remaining = self._remaining_seconds(candidates, cost, num_more)
-        doublings = np.ceil(np.log2(np.maximum(remaining, _LEAST_SECONDS) / config.quantum_seconds))
+        quanta = np.maximum(remaining_seconds, _LEAST_SECONDS) / config.quantum_seconds
         lifts = np.floor(candidates.age_seconds / config.ageing_seconds) + candidates.priorities
         highest = config.num_levels - 1
-        levels: Floats = np.minimum(np.maximum(doublings, 0), highest) - lifts
+        levels = np.minimum(np.maximum(np.ceil(np.log2(quanta)), 0), highest) - lifts
         return np.minimum(np.maximum(levels, 0), highest).astype(np.int64)
 
-    def _remaining_seconds(
-        self, candidates: Candidates, cost: CostCoefficients, num_more: Ints | int
+    def _decode_seconds(
+        self, candidates: Candidates, cost: CostCoefficients, num_more: Ints | int = 0
     ) -> Floats:
-        to_compute = candidates.num_remaining_tokens
-        # A single token is the decode iteration that samples the first of the expected ones.
-        prefill = prefill_seconds(cost, candidates) * (to_compute > 1)
+        """[n] time for the expected further tokens; [k, n] after ``num_more`` [k, 1] of them."""
         per_cached = cost.seconds_per_cached_token.get(Tier.KV, 0.0)
         decode = cost.base_seconds + cost.seconds_per_token + cost.seconds_per_sequence
         per_token = decode + per_cached * (candidates.num_tokens + num_more)
-        seconds: Floats = prefill + per_token * self._remaining_tokens(candidates, num_more)
+        seconds: Floats = per_token * self._remaining_tokens(candidates, num_more)
         return seconds
 
     def _remaining_tokens(self, candidates: Candidates, num_more: Ints | int) -> Floats:
@@ -191,3 +197,12 @@ class SrtfPolicy(Policy):
         has_guess = candidates.expected_output_tokens > 0
         tokens: Floats = np.where(has_guess, np.minimum(guess - num_output, most), most)
         return np.maximum(tokens, 1.0)
+
+
+def _compute_seconds(candidates: Candidates, cost: CostCoefficients) -> Floats:
+    """[n] time to compute what each has left to compute, a prompt or a cache that was lost.
+
+    A single token is the decode iteration that samples the first of the expected ones.
+    """
+    seconds: Floats = prefill_seconds(cost, candidates) * (candidates.num_remaining_tokens > 1)
+    return seconds
