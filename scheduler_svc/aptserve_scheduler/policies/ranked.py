@@ -23,9 +23,9 @@ _MOST_PASSES = 8
 
 
 class Everyone(Candidates):
-    """Running, then waiting requests as one; a column is joined when it is read for the first time.
+    """Running, then waiting requests; a column is joined when it is read for the first time.
 
-    What is computed for all of them at once costs half of what it would for either kind in turn.
+    What is computed for all of them at once takes half as long as for either kind in turn.
     """
 
     def __init__(self, problem: BatchProblem) -> None:
@@ -118,16 +118,17 @@ class FirstInLine:
         """
         problem, running = self.problem, self.problem.running
         room = _Room.of(problem)
-        units = problem.num_blocks(running.num_tokens) * problem.tiers[0].units_per_block
-        needed = problem.num_blocks(problem.waiting.num_tokens[self.row])
-        missing = int(needed) * problem.tiers[0].units_per_block + int(units.sum())
-        missing -= room.num_units - room.headroom
+        units_per_block = problem.tiers[0].units_per_block
+        units = problem.num_blocks(running.num_tokens) * units_per_block
+        needed = int(problem.num_blocks(problem.waiting.num_tokens[self.row])) * units_per_block
+        missing = needed + int(units.sum()) - (room.num_units - room.headroom)
+        # Behind all of them it got nothing, be it for tokens: at least one must be behind it.
         order = falls_behind.argsort()
         num_behind = 1 + int(units[order].cumsum().searchsorted(missing))
-        num_behind = max(num_behind, len(running) + 1 - room.num_seats)
-        return (
-            float(falls_behind[order[num_behind - 1]]) if num_behind <= len(running) else math.inf
-        )
+        num_behind = max(num_behind, 1 + len(running) - room.num_seats)
+        if num_behind > len(running):
+            return math.inf
+        return float(falls_behind[order[num_behind - 1]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,14 @@ def chosen(decision: Decision) -> dict[int, int]:
 HOLDS_TEN = Row(9, 10)  # 18 units, 20 after a decode
 
 
+def test_everyone_is_who_runs_and_then_who_waits() -> None:
+    everyone = Everyone(make_problem([HOLDS_TEN, Row(2, 3)], [Row(0, 7, age_seconds=0.5)]))
+    assert len(everyone) == 3
+    assert everyone.slots.tolist() == [0, 1, 2]
+    assert everyone.num_remaining_tokens.tolist() == [1, 1, 7]
+    assert everyone.age_seconds.tolist() == [1.0, 1.0, 0.5]
+
+
 def test_tokens_go_to_the_lowest_levels_and_the_others_sit_out() -> None:
     decision = batch([(2, HOLDS_TEN), (0, HOLDS_TEN)], [(1, Row(0, 63))])
     assert list(chosen(decision).items()) == [(1, 1), (2, 63)]
