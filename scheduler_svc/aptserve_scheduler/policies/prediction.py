@@ -16,7 +16,6 @@ The first answers to complete are the short ones, so a young history expects too
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -26,10 +25,8 @@ from aptserve_scheduler.policies.base import Arrival, Floats, Ints
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-_STRIDE = 1 << 40
-"""More than any length, so that ``group * _STRIDE + length`` sorts by group, then by length."""
-_NUM_GROUPS = 64
-"""Binary digits of an int64, and none."""
+_EVERYONE = 0
+"""The group of all answers; no prompt is so short that it has no binary digit."""
 
 
 def reaching(column: npt.NDArray[_Scalar], slot: int) -> npt.NDArray[_Scalar]:
@@ -58,7 +55,7 @@ class OutputPredictor:
         self._groups = np.zeros(window, np.int64)
         self._lengths = np.zeros(window, np.int64)
         self._num_ended = 0
-        self._tables: tuple[_Excess, _Excess] | None = None
+        self._excess = _Excess()
 
     @property
     def num_answers(self) -> int:
@@ -75,10 +72,12 @@ class OutputPredictor:
         if not completed or num_output_tokens < 1:
             return
         place = self._num_ended % self._window
-        self._groups[place] = _group_of(self._num_prompt[slot : slot + 1])[0]
-        self._lengths[place] = num_output_tokens
+        if self._num_ended >= self._window:
+            self._excess.forget(int(self._groups[place]), int(self._lengths[place]))
+        group = int(_group_of(self._num_prompt[slot : slot + 1])[0])
+        self._groups[place], self._lengths[place] = group, num_output_tokens
         self._num_ended += 1
-        self._tables = None
+        self._excess.remember(group, num_output_tokens)
 
     def remaining(self, num_output: Ints, num_prompt: Ints, max_remaining: Ints) -> Floats:
         """[n] expected further output tokens, from 1 to ``max_remaining``.
@@ -88,19 +87,16 @@ class OutputPredictor:
         most = np.maximum(max_remaining, 1).astype(np.float64)
         if not self._num_ended:
             return most
-        everyone, by_group = self._tables or self._learn()
-        num, excess = everyone.beyond(0, num_output)
-        pooled = (excess + np.maximum(num_output, everyone.mean)) / (num + 1)
-        num, excess = by_group.beyond(_group_of(num_prompt), num_output)
+        everyone, alike = self._excess.beyond(_group_of(num_prompt), num_output)
+        num, excess = everyone
+        pooled = (excess + np.maximum(num_output, self._mean_length)) / (num + 1)
+        num, excess = alike
         expected = (excess + self._pooling * pooled) / (num + self._pooling)
         return np.minimum(np.maximum(expected, 1.0), most)
 
-    def _learn(self) -> tuple[_Excess, _Excess]:
-        known = slice(0, self.num_answers)
-        groups, lengths = self._groups[known], self._lengths[known]
-        tables = _Excess.of(np.zeros_like(groups), lengths), _Excess.of(groups, lengths)
-        self._tables = tables
-        return tables
+    @property
+    def _mean_length(self) -> float:
+        return self._excess.num_tokens / self.num_answers
 
 
 def _group_of(num_prompt: Ints) -> Ints:
@@ -108,33 +104,46 @@ def _group_of(num_prompt: Ints) -> Ints:
     return np.frexp(num_prompt)[1].astype(np.int64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Excess:
-    """Lengths in groups, ready to be asked how many exceed a value and by how much in all."""
+    """Of the lengths in each group, how many exceed a value and by how much in all.
 
-    keys: Ints
-    """Group and length in one number, ascending."""
-    totals: Ints
-    """Sum of the lengths before each key, and of all."""
-    ends: Ints
-    """[_NUM_GROUPS] Where the keys of each group end."""
+    An answer is entered for every value below its length, so that asking is a look-up.
+    """
 
-    @classmethod
-    def of(cls, groups: Ints, lengths: Ints) -> _Excess:
-        keys = np.sort(groups * _STRIDE + lengths)
-        return cls(
-            keys=keys,
-            totals=np.concatenate([[0], np.cumsum(keys % _STRIDE)]),
-            ends=np.searchsorted(keys, np.arange(1, _NUM_GROUPS + 1) * _STRIDE),
-        )
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        """Sum of all lengths."""
+        # The last group and the last value stand for all beyond them; nothing is entered there.
+        # Floats hold these whole numbers exactly.
+        self._figures = np.zeros((2, 2, 2))
+        """[2, groups, values] number and excess."""
 
-    @property
-    def mean(self) -> float:
-        return float(self.totals[-1] / len(self.keys))
+    def remember(self, group: int, length: int) -> None:
+        """Enter an answer, for its group and for all."""
+        _, num_groups, num_values = self._figures.shape
+        more_groups = max(0, group + 2 - num_groups)
+        more_values = max(num_values, length) if length >= num_values else 0
+        if more_groups or more_values:
+            self._figures = np.pad(self._figures, [(0, 0), (0, more_groups), (0, more_values)])
+        self._add(1, group, length)
 
-    def beyond(self, groups: Ints | int, values: Ints) -> tuple[Ints, Ints]:
-        """[n], [n]: of each group the lengths above a value; the sum of their excess over it."""
-        start = self.keys.searchsorted(groups * _STRIDE + values, side="right")
-        end = self.ends[groups]
-        num = end - start
-        return num, self.totals[end] - self.totals[start] - num * values
+    def forget(self, group: int, length: int) -> None:
+        """Take out an answer that was entered."""
+        self._add(-1, group, length)
+
+    def beyond(self, groups: Ints, values: Ints) -> tuple[Floats, Floats]:
+        """[2, n], [2, n]: the lengths above a value and the sum of their excess over it, of all
+        answers and of those of a group."""
+        _, num_groups, num_values = self._figures.shape
+        values = np.minimum(values, num_values - 1)
+        places = np.minimum(groups, num_groups - 1) * num_values + values
+        # Everyone's figures come first.
+        figures = self._figures.reshape(2, -1)
+        return figures.take(values, axis=1), figures.take(places, axis=1)
+
+    def _add(self, num: int, group: int, length: int) -> None:
+        excess = num * np.arange(length, 0, -1)
+        for row in (_EVERYONE, group):
+            self._figures[0, row, :length] += num
+            self._figures[1, row, :length] += excess
+        self.num_tokens += num * length
