@@ -88,7 +88,6 @@ from aptserve_scheduler.policies.base import (
     Ints,
     Policy,
     Tiers,
-    decodes_all_running,
 )
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.deadlines import first_fits, keep_most
@@ -171,12 +170,12 @@ class AptSloPolicy(Policy):
         waits, what keeps hidden caches from being promoted is that too little is free.
         """
         running, waiting, config = problem.running, problem.waiting, self.config
-        if not decodes_all_running(problem, decision):
-            return THIS_ITERATION
         made = self._latest
         if made is None or made.problem is not problem:
             made = _Round(problem, config, self._history)
         outlook = made.outlook
+        if not len(decision.slots) == outlook.num_decodes == len(running):
+            return THIS_ITERATION
         num_free = problem.num_free_units - int(outlook.growth.sum())
         if not len(waiting):
             is_short = num_free <= int(_SPARE_SHARE * problem.num_units)

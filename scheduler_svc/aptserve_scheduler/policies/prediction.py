@@ -91,7 +91,7 @@ class OutputPredictor:
         num, excess = everyone
         pooled = (excess + np.maximum(num_output, self._mean_length)) / (num + 1)
         num, excess = alike
-        expected = (excess + self._pooling * pooled) / (num + self._pooling)
+        expected: Floats = (excess + self._pooling * pooled) / (num + self._pooling)
         return np.minimum(np.maximum(expected, 1.0), most)
 
     @property
