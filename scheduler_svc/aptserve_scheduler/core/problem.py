@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
-
 import numpy as np
 
 from aptserve_scheduler.core.state import State
 from aptserve_scheduler.core.table import Bools, Floats, Ints, RequestTable, Tiers
 from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import BatchProblem, Candidates
-
-_Values = TypeVar("_Values")
+from aptserve_scheduler.policies.common import all_of, computed_once
 
 
 def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem:
@@ -25,7 +21,7 @@ def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem
     waiting = state.waiting.slots.copy()
     admissible = table.in_flight[waiting] == 0
     admissible &= table.max_total[waiting] <= worker.max_request_tokens
-    if not admissible.all():
+    if not all_of(admissible):
         waiting = waiting[admissible]
     spec = worker.spec
     return BatchProblem(
@@ -43,19 +39,6 @@ def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem
     )
 
 
-class _column(Generic[_Values]):  # noqa: N801 - a decorator
-    """A property that is computed once. :func:`functools.cached_property` takes a lock until 3.12,
-    which takes longer than gathering a column does."""
-
-    def __init__(self, gather: Callable[[_TableCandidates], _Values]) -> None:
-        self._gather = gather
-        self._name = gather.__name__
-
-    def __get__(self, candidates: _TableCandidates, owner: type[_TableCandidates]) -> _Values:
-        values = candidates.__dict__[self._name] = self._gather(candidates)
-        return values
-
-
 class _TableCandidates(Candidates):
     """Requests of the table; a column is gathered when a policy reads it for the first time.
 
@@ -70,67 +53,67 @@ class _TableCandidates(Candidates):
     _table: RequestTable
     _now: float
 
-    @_column
+    @computed_once
     def pending_seconds(self) -> Floats:
         pending: Floats = np.maximum(self._now - self._table.pending_since[self.slots], 0.0)
         return pending
 
-    @_column
+    @computed_once
     def num_tokens(self) -> Ints:
         return self._table.num_tokens(self.slots)
 
-    @_column
+    @computed_once
     def num_computed_tokens(self) -> Ints:
         return self._table.num_computed[self.slots]
 
-    @_column
+    @computed_once
     def max_num_tokens(self) -> Ints:
         return self._table.max_total[self.slots]
 
-    @_column
+    @computed_once
     def num_units(self) -> Ints:
         return self._table.units[self.slots]
 
-    @_column
+    @computed_once
     def tiers(self) -> Tiers:
         return self._table.tier[self.slots]
 
-    @_column
+    @computed_once
     def schedulable(self) -> Bools:
         return self.num_tokens < self.max_num_tokens
 
-    @_column
+    @computed_once
     def miss_after_seconds(self) -> Floats:
         return self._table.miss_after[self.slots]
 
-    @_column
+    @computed_once
     def missed(self) -> Bools:
         return self.pending_seconds > self.miss_after_seconds
 
-    @_column
+    @computed_once
     def ttft_seconds(self) -> Floats:
         return self._table.ttft_objective[self.slots]
 
-    @_column
+    @computed_once
     def tbt_seconds(self) -> Floats:
         return self._table.tbt_objective[self.slots]
 
-    @_column
+    @computed_once
     def age_seconds(self) -> Floats:
         return self._now - self._table.arrival[self.slots]
 
-    @_column
+    @computed_once
     def num_prompt_tokens(self) -> Ints:
         return self._table.num_prompt[self.slots]
 
-    @_column
+    @computed_once
     def num_output_tokens(self) -> Ints:
         return self._table.num_known[self.slots] - self.num_prompt_tokens
 
-    @_column
+    @computed_once
     def priorities(self) -> Ints:
         return self._table.priority[self.slots]
 
-    @_column
+    @computed_once
     def expected_output_tokens(self) -> Ints:
         return self._table.expected_output[self.slots]

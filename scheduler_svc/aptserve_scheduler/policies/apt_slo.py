@@ -92,7 +92,7 @@ from aptserve_scheduler.policies.base import (
 from aptserve_scheduler.policies.common import indices, make_room_for_oldest
 from aptserve_scheduler.policies.deadlines import first_fits, keep_most
 from aptserve_scheduler.policies.mixed_batch import Chosen, MixedBatch
-from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook
+from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook, TierRates
 from aptserve_scheduler.policies.overdue import InLine, overdue_at, overdue_line
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.room import Room
@@ -152,6 +152,7 @@ class AptSloPolicy(Policy):
             self.name = "apt-slo:steady"
         self._history = OutputPredictor()
         self._latest: _Round | None = None
+        self._rates: TierRates | None = None
 
     def usable_tiers(self, tiers: tuple[TierSpec, ...]) -> tuple[TierSpec, ...]:
         """All of them."""
@@ -159,7 +160,7 @@ class AptSloPolicy(Policy):
 
     def decide(self, problem: BatchProblem) -> Decision | None:
         """One mixed batch."""
-        self._latest = _Round(problem, self.config, self._history)
+        self._latest = self._round(problem)
         return self._latest.decide()
 
     def horizon(self, problem: BatchProblem, decision: Decision) -> Horizon:
@@ -172,7 +173,7 @@ class AptSloPolicy(Policy):
         running, waiting, config = problem.running, problem.waiting, self.config
         made = self._latest
         if made is None or made.problem is not problem:
-            made = _Round(problem, config, self._history)
+            made = self._round(problem)
         outlook = made.outlook
         if not len(decision.slots) == outlook.num_decodes == len(running):
             return THIS_ITERATION
@@ -198,18 +199,19 @@ class AptSloPolicy(Policy):
         """Learn from its length."""
         self._history.ended(slot, num_output_tokens, completed=completed)
 
+    def _round(self, problem: BatchProblem) -> _Round:
+        self._rates = TierRates.of(problem, self._rates)
+        return _Round(problem, self.config, Outlook(problem, self._rates, self._history))
+
 
 class _Round:
     """One decision, in the order of the methods of :meth:`decide`."""
 
-    def __init__(
-        self, problem: BatchProblem, config: AptSloConfig, history: OutputPredictor
-    ) -> None:
-        self.problem, self.config = problem, config
-        self.outlook = Outlook(problem, history)
+    def __init__(self, problem: BatchProblem, config: AptSloConfig, outlook: Outlook) -> None:
+        self.problem, self.config, self.outlook = problem, config, outlook
         self.line = overdue_line(
             problem,
-            self.outlook,
+            outlook,
             patience_seconds=config.patience_seconds,
             lane_share=config.lane_share,
         )
@@ -226,7 +228,7 @@ class _Round:
             late=running.missed,
             can_pause=np.isinf(running.miss_after_seconds) & self.config.pauses,
             protected=in_line,
-            costs=outlook.costs,
+            costs=lambda: outlook.costs,
             pays=lambda: outlook.pool_seconds > self.config.pause_gain * outlook.anew_seconds,
         )
         # Only beside requests whose end is in flight can the head of the line lack memory.
@@ -396,10 +398,10 @@ class _Round:
         may = (tiers == _HIDDEN) & outlook.decodes[rows]
         if spare <= 0 or not np.count_nonzero(may):
             return tiers
-        kv = outlook.kv.tier
-        saved = outlook.seconds_per_cached[tiers] - outlook.seconds_per_cached[kv]
+        kv = outlook.rates.kv.tier
+        saved = outlook.rates.seconds_per_cached[tiers] - outlook.rates.seconds_per_cached[kv]
         may &= saved * outlook.tokens_to_come[rows] > problem.cost.seconds_per_token
-        may &= problem.fits_pool(running, outlook.kv)[rows]
+        may &= problem.fits_pool(running, outlook.rates.kv)[rows]
         entries = indices(may)
         ends = running.num_computed_tokens[rows[entries]] + num_tokens[entries]
         in_kv = outlook.units_for(ends, np.full(len(entries), kv, np.int8))

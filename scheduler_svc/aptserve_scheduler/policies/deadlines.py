@@ -14,7 +14,7 @@ from heapq import heappop, heappush, heappushpop
 import numpy as np
 
 from aptserve_scheduler.policies.base import Bools, Floats, Ints
-from aptserve_scheduler.policies.common import indices
+from aptserve_scheduler.policies.common import any_of, indices
 
 
 def keep_most(
@@ -29,7 +29,7 @@ def keep_most(
     totals = [demand.cumsum() for demand in demands]
     is_short = [total > supply for total, supply in zip(totals, supplies, strict=True)]
     # What suffices for everybody suffices for those who are kept.
-    scarce = [k for k, short in enumerate(is_short) if short.any()]
+    scarce = [k for k, short in enumerate(is_short) if any_of(short)]
     if not scarce:
         return np.ones(len(demands[0]), np.bool_)
     first = min(int(is_short[k].argmax()) for k in scarce)

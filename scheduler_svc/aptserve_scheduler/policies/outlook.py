@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 
-from aptserve_scheduler.core.types import Tier
+from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     BatchProblem,
     Bools,
@@ -15,6 +15,7 @@ from aptserve_scheduler.policies.base import (
     Ints,
     Tiers,
 )
+from aptserve_scheduler.policies.common import computed_once
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.slack import prompt_seconds
 
@@ -27,28 +28,50 @@ _SOON_TOKENS = 64
 _NO_TOKENS = np.zeros(1, np.int64)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TierRates:
+    """What a worker's tiers take, at an estimate of its speed; arrays by the tier's number."""
+
+    tiers: tuple[TierSpec, ...]
+    cost: CostCoefficients
+    kv: TierSpec
+    compact: TierSpec
+    """The tier with the fewest units per block, which may be KV."""
+    units_per_block: Ints
+    seconds_per_cached: Floats
+    """What a cached token adds to a decode."""
+
+    @classmethod
+    def of(cls, problem: BatchProblem, last: TierRates | None = None) -> TierRates:
+        """Those of a problem: the last ones again if they are of the same estimate."""
+        tiers, cost = problem.tiers, problem.cost
+        if last is not None and last.tiers is tiers and last.cost is cost:
+            return last
+        units, seconds = np.zeros(_NUM_TIER_NUMBERS, np.int64), np.zeros(_NUM_TIER_NUMBERS)
+        for tier in tiers:
+            units[tier.tier] = tier.units_per_block
+            seconds[tier.tier] = cost.seconds_per_cached_token.get(tier.tier, 0.0)
+        return cls(
+            tiers=tiers,
+            cost=cost,
+            kv=tiers[0],
+            compact=min(tiers, key=lambda tier: tier.units_per_block),
+            units_per_block=units,
+            seconds_per_cached=seconds,
+        )
+
+
 class Outlook:
     """Estimates about everybody in one problem; what few decisions need is computed when asked for.
 
     Names with ``waiting_`` and ``first_`` are about ``problem.waiting``, the others about
-    ``problem.running``. KV is the first of the worker's tiers, compact the one with the fewest
-    units per block, which may be the same.
+    ``problem.running``.
     """
 
-    def __init__(self, problem: BatchProblem, history: OutputPredictor) -> None:
+    def __init__(self, problem: BatchProblem, rates: TierRates, history: OutputPredictor) -> None:
         running, waiting, cost = problem.running, problem.waiting, problem.cost
         self._problem, self._history = problem, history
-        self.kv = problem.tiers[0]
-        self.compact = min(problem.tiers, key=lambda tier: tier.units_per_block)
-        self._units_per_block = np.zeros(_NUM_TIER_NUMBERS, np.int64)
-        self.seconds_per_cached = np.zeros(_NUM_TIER_NUMBERS)
-        """By tier number: what a cached token adds to a decode."""
-        for tier in problem.tiers:
-            self._units_per_block[tier.tier] = tier.units_per_block
-            per_cached = cost.seconds_per_cached_token.get(tier.tier, 0.0)
-            self.seconds_per_cached[tier.tier] = per_cached
-        self._units_per_token = self._units_per_block / problem.block_size
-
+        self.rates = rates
         self.remaining = running.num_remaining_tokens
         """[n] tokens to compute until the next one is sampled."""
         self.decodes: Bools = running.schedulable & (self.remaining == 1)
@@ -71,18 +94,23 @@ class Outlook:
 
     def units_for(self, num_tokens: Ints, tiers: Tiers) -> Ints:
         """[n] units of caches of these lengths in these tiers."""
-        return self._problem.num_blocks(num_tokens) * self._units_per_block[tiers]
+        return self._problem.num_blocks(num_tokens) * self.rates.units_per_block[tiers]
+
+    @computed_once
+    def _units_per_token(self) -> Floats:
+        """By tier number."""
+        return self.rates.units_per_block / self._problem.block_size
 
     def _step_seconds(self) -> float:
         cost, running = self._problem.cost, self._problem.running
-        cached = self.seconds_per_cached[running.tiers] * running.num_computed_tokens
+        cached = self.rates.seconds_per_cached[running.tiers] * running.num_computed_tokens
         per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
         seconds = cost.base_seconds + per_sequence * self.num_decodes
-        return max(seconds + float(cached[self.decodes].sum()), 1e-9)
+        return max(seconds + float(np.add.reduce(cached[self.decodes])), 1e-9)
 
     # Lengths and costs
 
-    @cached_property
+    @computed_once
     def tokens_to_come(self) -> Floats:
         """[n] expected further output tokens."""
         return self._tokens_to_come(self._problem.running, slice(None))
@@ -101,10 +129,11 @@ class Outlook:
         return prompt_seconds(self._problem.cost, np.zeros_like(num_tokens), num_tokens)
 
     def waiting_costs(self, rows: Ints) -> Floats:
-        """[n] what it costs to serve these waiting requests, as :meth:`costs`."""
+        """[n] what it costs to serve these waiting requests, as :attr:`costs`."""
         to_come = self._tokens_to_come(self._problem.waiting, rows)
         return self._costs(self.first_units[rows], self.first_tiers[rows], to_come)
 
+    @computed_once
     def costs(self) -> Floats:
         """[n] what it costs to let each go on: unit-tokens until the end, halved per priority.
 
@@ -112,8 +141,9 @@ class Outlook:
         what it will grow by half, as it comes little by little.
         """
         running = self._problem.running
-        costs = self._costs(running.num_units, running.tiers, self.tokens_to_come)
-        return costs * np.exp2(-running.priorities)
+        costs: Floats = self._costs(running.num_units, running.tiers, self.tokens_to_come)
+        costs *= np.exp2(-running.priorities)
+        return costs
 
     def _costs(self, num_units: Ints, tiers: Tiers, to_come: Floats) -> Floats:
         costs: Floats = to_come * (num_units + 0.5 * to_come * self._units_per_token[tiers])
@@ -122,54 +152,57 @@ class Outlook:
     def _tokens_to_come(self, candidates: Candidates, rows: Ints | slice) -> Floats:
         num_output = candidates.num_output_tokens[rows]
         num_prompt = candidates.num_prompt_tokens[rows]
-        most = np.maximum(candidates.max_num_tokens[rows] - num_prompt - num_output, 1)
+        most = candidates.max_num_tokens[rows] - num_prompt - num_output
         expected = self._history.remaining(num_output, num_prompt, most)
         guess = candidates.expected_output_tokens[rows]
         if not np.count_nonzero(guess):
             return expected
-        return np.where(guess > 0, np.clip(guess - num_output, 1, most), expected)
+        return np.where(guess > 0, np.clip(guess - num_output, 1, np.maximum(most, 1)), expected)
 
     # Memory
 
-    @cached_property
+    @computed_once
     def least_first_units(self) -> int:
         """Units that the shortest of the waiting requests takes at least to start."""
-        num_tokens = int(self._problem.waiting.num_tokens.min()) + 1
-        return -(-num_tokens // self._problem.block_size) * self.compact.units_per_block
+        num_tokens = int(np.minimum.reduce(self._problem.waiting.num_tokens)) + 1
+        return -(-num_tokens // self._problem.block_size) * self.rates.compact.units_per_block
 
-    @cached_property
+    @computed_once
     def first_units(self) -> Ints:
         """[n] units of the waiting requests, in the tiers they start in, with their first token."""
         return self.units_for(self._problem.waiting.num_tokens + 1, self.first_tiers)
 
-    @cached_property
+    @computed_once
     def first_tiers(self) -> Tiers:
         """[n] tier in which each of the waiting requests starts.
 
         Compact when memory is short and the longer steps cost less than the share of one request
         in a step is worth, or when KV could not hold the request to its end.
         """
-        problem, waiting = self._problem, self._problem.waiting
-        tiers = np.full(len(waiting), self.kv.tier, np.int8)
-        if self.compact is self.kv:
+        problem, waiting, rates = self._problem, self._problem.waiting, self.rates
+        tiers = np.full(len(waiting), rates.kv.tier, np.int8)
+        if rates.compact is rates.kv:
             return tiers
-        is_compact = ~problem.fits_pool(waiting, self.kv)
+        is_compact = ~problem.fits_pool(waiting, rates.kv)
         if not self._is_memory_plentiful():
-            per_cached = self.seconds_per_cached
-            dearer = per_cached[self.compact.tier] - per_cached[self.kv.tier]
+            per_cached = rates.seconds_per_cached
+            dearer = per_cached[rates.compact.tier] - per_cached[rates.kv.tier]
             per_request = self.step_seconds / max(1, self.num_decodes)
             is_compact |= dearer * waiting.num_tokens < per_request
-        tiers[is_compact] = self.compact.tier
+        tiers[is_compact] = rates.compact.tier
         return tiers
 
     def _is_memory_plentiful(self) -> bool:
         """Whether all that wait would fit as keys and values, and everybody could grow a while."""
-        problem = self._problem
+        problem, per_block = self._problem, self.rates.kv.units_per_block
+        least_blocks = len(problem.waiting) * (_SOON_TOKENS // problem.block_size)
+        if problem.num_free_units < least_blocks * per_block:
+            return False
         num_blocks = problem.num_blocks(problem.waiting.num_tokens + _SOON_TOKENS)
-        left = problem.num_free_units - self.kv.units_per_block * int(num_blocks.sum())
+        left = problem.num_free_units - per_block * int(np.add.reduce(num_blocks))
         return left >= 0 and left >= self.soon_units
 
-    @cached_property
+    @computed_once
     def soon_units(self) -> int:
         """Units that the running requests will grow by in their next tokens."""
         soon = np.minimum(self.tokens_to_come, _SOON_TOKENS)
@@ -184,7 +217,9 @@ class Outlook:
         running = self._problem.running
         lives = np.maximum(self.tokens_to_come[goes_on], 1.0) * self.step_seconds
         ended = -np.expm1(-_FORECAST_SECONDS[:, None] / lives)
-        growth = float(self._units_per_token[running.tiers[goes_on]].sum()) / self.step_seconds
+        growth = (
+            float(np.add.reduce(self._units_per_token[running.tiers[goes_on]])) / self.step_seconds
+        )
         units = num_units_now + ended @ running.num_units[goes_on] - growth * _FORECAST_SECONDS
         units = np.maximum(units, float(num_units_now))
         return np.interp(np.maximum(seconds, 0.0), _FORECAST_SECONDS, units)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from aptserve_scheduler.policies.base import BatchProblem, Bools, Candidates, Ints
-from aptserve_scheduler.policies.common import indices
+from aptserve_scheduler.policies.common import any_of, indices
 from aptserve_scheduler.policies.outlook import Outlook
 
 _ROUNDING_SECONDS = 1e-6
@@ -35,16 +36,39 @@ def overdue_line(
     over_waiting = indices(_is_overdue(waiting, outlook.waiting_is_late, patience_seconds))
     if not len(over_running) + len(over_waiting):
         return []
+    is_stuck = ~running.schedulable
+    held_units = int(np.add.reduce(running.num_units[is_stuck]))
+    units_left = min(lane_share * problem.num_units, problem.num_units - held_units)
+    seats_left = problem.max_num_seqs - np.count_nonzero(is_stuck)
+    line: list[InLine] = []
+    for overdue in _in_order(problem, over_running, over_waiting):
+        # Everybody needs a unit at least. Most of the time the first needs all there are.
+        if line and (units_left < 1 or seats_left < 1):
+            break
+        units_left -= _units_of(overdue, problem, outlook)
+        seats_left -= 1
+        if line and units_left < 0:
+            break
+        line.append(overdue)
+    return line
+
+
+def _in_order(problem: BatchProblem, over_running: Ints, over_waiting: Ints) -> Iterator[InLine]:
+    """These rows of ``running`` and ``waiting`` in the order of the line."""
+    running, waiting = problem.running, problem.waiting
     age = np.concatenate([running.age_seconds[over_running], waiting.age_seconds[over_waiting]])
     priority = np.concatenate([running.priorities[over_running], waiting.priorities[over_waiting]])
-    num_units = running.num_units[over_running] + outlook.growth[over_running]
-    if len(over_waiting):
-        num_units = np.concatenate([num_units, outlook.first_units[over_waiting]])
-    order = np.lexsort((-age, -priority))
-    chosen = order[: _num_with_right(problem, num_units[order], lane_share)]
-    rows = np.concatenate([over_running, over_waiting])[chosen]
-    runs = chosen < len(over_running)
-    return list(map(InLine, runs.tolist(), rows.tolist()))
+    rows = np.concatenate([over_running, over_waiting])
+    for place in np.lexsort((-age, -priority)).tolist():
+        yield InLine(place < len(over_running), int(rows[place]))
+
+
+def _units_of(overdue: InLine, problem: BatchProblem, outlook: Outlook) -> int:
+    """Units that a request of the line holds or needs, its next step included."""
+    runs, row = overdue
+    if runs:
+        return int(problem.running.num_units[row] + outlook.growth[row])
+    return int(outlook.first_units[row])
 
 
 def overdue_at(problem: BatchProblem, outlook: Outlook, *, patience_seconds: float) -> float:
@@ -74,18 +98,7 @@ def _is_overdue(candidates: Candidates, is_late: Bools, patience_seconds: float)
     most_seconds = candidates.ttft_seconds + patience_seconds
     over: Bools = is_late & (candidates.age_seconds > most_seconds)
     may_be_paused = np.isinf(candidates.miss_after_seconds)
-    if np.count_nonzero(may_be_paused):
+    if any_of(may_be_paused):
         # It must hold until the token is there: a prompt under way could be paused again.
         over |= may_be_paused & (candidates.pending_seconds > most_seconds)
     return over
-
-
-def _num_with_right(problem: BatchProblem, num_units: Ints, lane_share: float) -> int:
-    """How many of the line get memory; ``num_units`` [n]: what each needs, in its order."""
-    stuck = indices(~problem.running.schedulable)
-    most_units = lane_share * problem.num_units
-    if len(stuck):
-        held = int(problem.running.num_units[stuck].sum())
-        most_units = min(most_units, problem.num_units - held)
-    num = int(num_units.cumsum().searchsorted(most_units, side="right"))
-    return max(1, min(num, problem.max_num_seqs - len(stuck)))

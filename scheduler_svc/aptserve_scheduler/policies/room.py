@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import cached_property
 
 import numpy as np
 
 from aptserve_scheduler.policies.base import BatchProblem, Bools, Floats, Ints
-from aptserve_scheduler.policies.common import indices
+from aptserve_scheduler.policies.common import computed_once, indices
 
 
 class Room:
@@ -38,18 +37,19 @@ class Room:
         for only once somebody could be paused without need.
         """
         running = problem.running
-        self.num_free = problem.num_free_units - int(growth.sum())
+        self.num_free = problem.num_free_units - int(np.add.reduce(growth))
         """Units that nobody holds or is about to; below 0 until :meth:`fit_growth`."""
         self.num_seats = problem.max_num_seqs - len(running)
         """Requests that could start beside those that hold memory."""
         self.gives_way = np.zeros(len(running), np.bool_)
         """[n] who loses the memory."""
-        self._released: list[int] = (running.num_units + growth).tolist()
+        self._running, self._growth = running, growth
         self._costs = costs
         self._pays = pays
-        self._is_live = running.schedulable & ~protected & ~late
+        may_give_way = running.schedulable & ~protected
+        self._is_live = may_give_way & ~late
         self._can_pause = can_pause
-        latest_first = indices(running.schedulable & ~protected & late)[::-1]
+        latest_first = indices(may_give_way & late)[::-1]
         self._late = deque(latest_first.tolist())
 
     @property
@@ -105,20 +105,26 @@ class Room:
             self._evict(row)
         return self.take(num_units)
 
+    @computed_once
+    def _released(self) -> list[int]:
+        """[n] units that come free when a request gives way."""
+        released: list[int] = (self._running.num_units + self._growth).tolist()
+        return released
+
     def _worth_pausing(self) -> list[int]:
         """Those whose pause pays, the costliest first."""
         return [row for row in self._patient if self._is_worth_it[row]] if self._patient else []
 
-    @cached_property
+    @computed_once
     def _is_worth_it(self) -> list[bool]:
         worth: list[bool] = self._pays().tolist()
         return worth
 
-    @cached_property
+    @computed_once
     def _patient(self) -> deque[int]:
         return self._costliest_first(self._is_live & self._can_pause)
 
-    @cached_property
+    @computed_once
     def _live(self) -> deque[int]:
         return self._costliest_first(self._is_live & ~self._can_pause)
 
@@ -129,7 +135,7 @@ class Room:
         return deque(rows.tolist())
 
     def _held_by(self, rows: Iterable[int]) -> int:
-        return sum(map(self._released.__getitem__, rows))
+        return sum([self._released[row] for row in rows])
 
     def _evict(self, row: int) -> None:
         self.num_free += self._released[row]
