@@ -13,10 +13,9 @@ from aptserve_scheduler.core.table import Bools, Ints, Status
 from aptserve_scheduler.core.types import FinishReason, RequestFinished
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Policy, Service
+from aptserve_scheduler.policies.common import all_of, any_of, indices
 
 _TOKEN = (0,)
-_STOP_IF = np.array([None, FinishReason.STOP], np.object_)
-"""By whether a sequence stops."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,8 +29,8 @@ class Answer:
     """[m] new tokens; 0 for a sequence that the worker ended without one."""
     token_ids: Iterable[Sequence[int]]
     """The values of each, at least m."""
-    reasons: list[FinishReason | None]
-    """[m] why the worker ended the sequence, if it did."""
+    reasons: dict[int, FinishReason]
+    """By the place in these m: why the worker ended the sequence, of those that it ended."""
     ran: Bools
     """[n] which entries were computed."""
     step_seconds: float
@@ -50,19 +49,13 @@ def enter_answer(
     if policy.follows_service:
         policy.served(_service(state, plan, answer, now))
     _note_speed(worker, plan, answer)
-    _note_tokens(state, plan, answer, now)
-    table = state.table
     slots = plan.slots[answer.entries]
-    is_full = table.num_known[slots] >= table.max_total[slots]
+    _note_tokens(state, slots, answer, now)
+    is_full = state.table.num_known[slots] >= state.table.max_total[slots]
     finished: dict[int, RequestFinished] = {}
-    length = FinishReason.LENGTH  # looking it up takes longer than the rest of the loop's body
-    for entry, slot, reason, full in zip(
-        answer.entries.tolist(), slots.tolist(), answer.reasons, is_full.tolist(), strict=True
-    ):
-        if reason is None and full:
-            reason = length
-        if reason is not None:
-            finished[entry] = state.end(slot, now, reason)
+    for place in sorted({*answer.reasons, *indices(is_full).tolist()}):
+        reason = answer.reasons.get(place, FinishReason.LENGTH)
+        finished[int(answer.entries[place])] = state.end(int(slots[place]), now, reason)
     return finished
 
 
@@ -83,13 +76,13 @@ def enter_plain_answer(
     plan = worker.in_flight.popleft()
     live = state.table.status[plan.slots] != Status.ENDED
     known = state.table.num_known[plan.slots]
-    entries = (live & (plan.ends == known)).nonzero()[0]
+    entries = indices(live & (plan.ends == known))
     stops = known[entries] + 1 >= stops_at[entries]
     answer = Answer(
         entries=entries,
         num_tokens=np.ones(len(entries), np.int64),
         token_ids=repeat(_TOKEN),
-        reasons=_STOP_IF[stops.view(np.int8)].tolist(),
+        reasons=dict.fromkeys(indices(stops).tolist(), FinishReason.STOP),
         ran=live,
         step_seconds=step_seconds,
         gap_seconds=0.0,
@@ -106,10 +99,10 @@ def follow_count(worker: WorkerState, plan: PlanInFlight, skipped: Bools) -> Non
     count.forget(plan.release)
     changed = (plan.units_before != plan.units_after) & ~skipped
     after = plan.units_after
-    for entry in changed.nonzero()[0].tolist():
+    for entry in indices(changed).tolist():
         units = int(after[entry])
         count.record(plan.sequence_ids[entry], units, units)
-    for entry in (plan.promoted & skipped).nonzero()[0].tolist():
+    for entry in indices(plan.promoted & skipped).tolist():
         low, _ = count.of(plan.sequence_ids[entry])
         count.record(plan.sequence_ids[entry], low, int(after[entry]))
 
@@ -132,31 +125,34 @@ def _note_speed(worker: WorkerState, plan: PlanInFlight, answer: Answer) -> None
     worker.step_seconds += answer.step_seconds
     # The first step has no step before it.
     worker.gap_seconds += answer.gap_seconds if worker.num_steps > 1 else 0.0
-    if worker.learns_costs and answer.ran.any():
+    if worker.learns_costs and any_of(answer.ran):
         row = plan.cost_features(answer.ran, worker.cost.tiers)
         worker.cost.observe(row, answer.step_seconds)
 
 
-def _note_tokens(state: State, plan: PlanInFlight, answer: Answer, now: float) -> None:
-    """Columns and records of all requests that got tokens."""
+def _note_tokens(state: State, slots: Ints, answer: Answer, now: float) -> None:
+    """Columns and records of all requests that got tokens; ``slots`` [m] as in the answer."""
     table, num_tokens, token_ids = state.table, answer.num_tokens, answer.token_ids
-    slots = plan.slots[answer.entries]
-    if not num_tokens.all():  # some were ended without a token
-        got = num_tokens > 0
+    got = num_tokens > 0
+    if not all_of(got):  # some were ended without a token
         slots, num_tokens = slots[got], num_tokens[got]
         token_ids = [tokens for tokens in token_ids if tokens]
     if not len(slots):
         return
     wait = now - table.pending_since[slots]
     first = ~table.has_token[slots]
-    table.missed_ttft[slots] |= first & (wait > table.ttft_objective[slots])
+    is_slow = wait > table.tbt_objective[slots]
+    if any_of(first):
+        is_slow &= ~first
+        table.missed_ttft[slots[first]] = wait[first] > table.ttft_objective[slots[first]]
+        table.has_token[slots] = True
     table.num_gaps[slots] += num_tokens - first
-    table.num_slow_gaps[slots] += ~first & (wait > table.tbt_objective[slots])
-    table.has_token[slots] = True
+    table.num_slow_gaps[slots] += is_slow
     table.judge(slots)
     table.pending_since[slots] = now
     table.num_known[slots] += num_tokens
-    state.totals.num_output_tokens += int(num_tokens.sum())
+    total = int(np.add.reduce(num_tokens))
+    state.totals.num_output_tokens += total
     records = table.records(slots)
     for request, seconds, tokens in zip(records, wait.tolist(), token_ids, strict=False):
         request.output_token_ids += tokens
@@ -164,6 +160,6 @@ def _note_tokens(state: State, plan: PlanInFlight, answer: Answer, now: float) -
             request.first_token_at = now
         else:
             request.gap_seconds.append(seconds)
-    if num_tokens.max() > 1:
+    if total > len(slots):
         for request, num in zip(records, num_tokens.tolist(), strict=True):
             request.gap_seconds += [0.0] * (num - 1)

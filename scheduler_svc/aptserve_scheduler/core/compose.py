@@ -17,6 +17,7 @@ from aptserve_scheduler.core.types import (
 )
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Decision
+from aptserve_scheduler.policies.common import all_of, any_of
 
 # Plain numbers, with which numpy compares several times faster than with enumeration members.
 _KV, _HIDDEN = int(Tier.KV), int(Tier.HIDDEN)
@@ -48,8 +49,8 @@ def enter_decision(
     ends = starts + decision.num_tokens
     before = table.units[slots]
     after = worker.ledger.units_for(ends, decision.tiers)
-    freed = int(table.units[decision.preempted].sum())
-    growth = int(after.sum() - before.sum())
+    freed = int(np.add.reduce(table.units[decision.preempted]))
+    growth = int(np.add.reduce(after - before))
     if growth - freed > worker.ledger.num_free:
         raise PolicyError(
             f"the decision needs {growth} units, {worker.ledger.num_free} are free "
@@ -94,14 +95,15 @@ def _check_shape(state: State, worker: WorkerState, decision: Decision) -> None:
         )
     if len(slots) > worker.spec.max_num_seqs:
         raise PolicyError(f"{len(slots)} requests chosen, the limit is {worker.spec.max_num_seqs}")
-    if int(num_tokens.sum()) > worker.spec.max_num_batched_tokens:
+    total = int(np.add.reduce(num_tokens))
+    if total > worker.spec.max_num_batched_tokens:
         raise PolicyError(
-            f"{int(num_tokens.sum())} tokens chosen, "
-            f"the limit is {worker.spec.max_num_batched_tokens}"
+            f"{total} tokens chosen, the limit is {worker.spec.max_num_batched_tokens}"
         )
     everyone = np.concatenate([slots, decision.preempted])
-    if int(everyone.min()) < 0 or int(everyone.max()) >= state.table.capacity:
-        raise PolicyError(f"slots {int(everyone.min())} to {int(everyone.max())} do not all exist")
+    lowest, highest = int(np.minimum.reduce(everyone)), int(np.maximum.reduce(everyone))
+    if lowest < 0 or highest >= state.table.capacity:
+        raise PolicyError(f"slots {lowest} to {highest} do not all exist")
     named = np.zeros(state.table.capacity, np.bool_)
     named[everyone] = True
     if int(np.count_nonzero(named)) != len(everyone):
@@ -115,13 +117,13 @@ def _check_requests(state: State, worker: WorkerState, decision: Decision, is_ne
     longest = table.max_total[slots]
     may_start = is_new & (table.in_flight[slots] == 0) & (longest <= worker.max_request_tokens)
     preempted_here = table.worker[decision.preempted] == worker.index
-    if not (runs_here | may_start).all() or not preempted_here.all():
+    if not all_of(runs_here | may_start) or not all_of(preempted_here):
         raise PolicyError("a request that is no candidate of this worker is named")
     length = table.num_tokens(slots)
-    if (length >= longest).any():
+    if any_of(length >= longest):
         raise PolicyError("a request whose end is in flight is chosen")
     remaining = length - table.num_computed[slots]
-    if ((decision.num_tokens < 1) | (decision.num_tokens > remaining)).any():
+    if any_of((decision.num_tokens < 1) | (decision.num_tokens > remaining)):
         raise PolicyError("a request is given no token or more than it has left")
 
 
@@ -141,7 +143,7 @@ def _check_tiers(state: State, worker: WorkerState, decision: Decision, is_new: 
     kept = is_new | (decision.tiers == held)
     promotion = (held == _HIDDEN) & (decision.tiers == _KV)
     offered = worker.is_usable_tier[decision.tiers]
-    if not (offered & (kept | promotion)).all():
+    if not all_of(offered & (kept | promotion)):
         raise PolicyError("a tier is chosen that the worker lacks or the request cannot change to")
 
 

@@ -48,7 +48,11 @@ class Match:
             entries=np.array([entry for entry, _ in self.outputs], np.int64),
             num_tokens=np.array(list(map(len, token_ids)), np.int64),
             token_ids=token_ids,
-            reasons=[output.finish_reason for output in outputs],
+            reasons={
+                place: output.finish_reason
+                for place, output in enumerate(outputs)
+                if output.finish_reason is not None
+            },
             ran=self.ran(),
             step_seconds=result.step_seconds,
             gap_seconds=result.gap_seconds,

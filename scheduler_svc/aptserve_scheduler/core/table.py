@@ -225,11 +225,11 @@ class RequestTable:
         rank leaves floor(n / 100) of n gaps above it.
         """
         num_to_spare = self.num_gaps[slots] - 100 * self.num_slow_gaps[slots]
-        is_late = self.missed_ttft[slots] | (num_to_spare < 0)
+        miss_after = self.tbt_objective[slots]
         # One more gap, a slow one: 100 * (num_slow + 1) <= num_gaps + 1.
-        may_be_slow_once_more = num_to_spare >= 99
-        limit = np.where(may_be_slow_once_more, np.inf, self.tbt_objective[slots])
-        self.miss_after[slots] = np.where(is_late, -1.0, limit)
+        miss_after[num_to_spare >= 99] = np.inf
+        miss_after[self.missed_ttft[slots] | (num_to_spare < 0)] = -1.0
+        self.miss_after[slots] = miss_after
 
     def num_gaps_judged_alike(self, slots: Ints) -> int:
         """Gaps within the objectives that all of these may have before a judgement changes.
