@@ -89,7 +89,7 @@ from aptserve_scheduler.policies.base import (
     Policy,
     Tiers,
 )
-from aptserve_scheduler.policies.common import indices, make_room_for_oldest
+from aptserve_scheduler.policies.common import all_of, any_of, indices, make_room_for_oldest
 from aptserve_scheduler.policies.deadlines import first_fits, keep_most
 from aptserve_scheduler.policies.mixed_batch import Chosen, MixedBatch
 from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook, TierRates
@@ -221,7 +221,9 @@ class _Round:
         problem, running, outlook = self.problem, self.problem.running, self.outlook
         line = self.line
         in_line = np.zeros(len(running), np.bool_)
-        in_line[[row for runs, row in line if runs]] = True
+        for runs, row in line:
+            if runs:
+                in_line[row] = True
         self.room = Room(
             problem,
             outlook.growth,
@@ -264,9 +266,10 @@ class _Round:
         problem, running, config = self.problem, self.problem.running, self.config
         counts = self.outlook.decodes & ~self.room.gives_way & ~running.missed
         slack = (running.miss_after_seconds - running.pending_seconds)[counts]
-        most = config.slack_share * float(slack.min(initial=LONG_SECONDS))
+        most = config.slack_share * float(np.minimum.reduce(slack, initial=LONG_SECONDS))
         if len(problem.waiting):
-            most = min(most, config.iteration_share * float(problem.waiting.ttft_seconds.min()))
+            least_ttft = float(np.minimum.reduce(problem.waiting.ttft_seconds))
+            most = min(most, config.iteration_share * least_ttft)
         return max(most, 2 * self.outlook.step_seconds)
 
     def _go_on(self, among: Bools) -> None:
@@ -299,7 +302,7 @@ class _Round:
                 return False
             if self.room.take(int(self.outlook.first_units[row]), from_late=True):
                 self.batch.start(row)
-        if not fits.all():
+        if not all_of(fits):
             self._start_by_pausing(put_off)
             return False
         fits = first_fits(self.outlook.first_units[put_off], self.room.num_free)
@@ -310,7 +313,7 @@ class _Round:
     def _may_start_one_of(self, rows: Ints) -> bool:
         """Whether there is memory for any of these, whoever of them is put off."""
         first_units = self.outlook.first_units[rows]
-        if int(first_units.min()) <= self.room.num_reachable:
+        if int(np.minimum.reduce(first_units)) <= self.room.num_reachable:
             return True
         cannot_wait = np.isfinite(self.problem.waiting.miss_after_seconds[rows])
         least = first_units[cannot_wait].min(initial=self.problem.num_units + 1)
@@ -349,16 +352,15 @@ class _Round:
         prefill = outlook.waiting_prefill[rows]
         seconds = prefill + per_token * problem.waiting.num_tokens[rows]
         time = outlook.waiting_slack[rows] - outlook.step_seconds
-        is_enough = int(num_units.sum()) <= room.num_free
-        if is_enough and bool((np.cumsum(seconds) <= time).all()):
+        is_enough = int(np.add.reduce(num_units)) <= room.num_free
+        if is_enough and all_of(seconds.cumsum() <= time):
             return np.ones(len(rows), np.bool_)
         goes_on = problem.running.schedulable & ~problem.running.missed & ~room.gives_way
         memory = outlook.units_by(deadlines, room.num_reachable, goes_on)
-        lighter = np.exp2(-problem.waiting.priorities[rows])
         return keep_most(
             demands=(num_units.astype(np.float64), seconds),
             supplies=(memory, time),
-            costs=(outlook.waiting_costs(rows) * lighter, seconds * lighter),
+            costs=(outlook.waiting_costs[rows], seconds * outlook.waiting_weights[rows]),
         )
 
     def _admit_late(self) -> None:
@@ -371,7 +373,7 @@ class _Round:
             is_left = is_left.copy()
             is_left[self.batch.started] = False
         late = indices(is_left)
-        late = late[np.argsort(-waiting.priorities[late], kind="stable")][: room.num_seats]
+        late = late[(-waiting.priorities[late]).argsort(kind="stable")][: room.num_seats]
         if len(late) and outlook.first_units[late[0]] <= room.num_free:
             self._start_free(late, keep_free=outlook.soon_units)
 
@@ -396,7 +398,7 @@ class _Round:
         tiers = running.tiers[rows]
         spare = self.room.num_free - int(_SPARE_SHARE * problem.num_units)
         may = (tiers == _HIDDEN) & outlook.decodes[rows]
-        if spare <= 0 or not np.count_nonzero(may):
+        if spare <= 0 or not any_of(may):
             return tiers
         kv = outlook.rates.kv.tier
         saved = outlook.rates.seconds_per_cached[tiers] - outlook.rates.seconds_per_cached[kv]
@@ -412,26 +414,28 @@ class _Round:
         return tiers
 
     def _decision(self, chosen: Chosen) -> Decision:
-        running, waiting = self.problem.running, self.problem.waiting
-        rows = chosen.running
+        running, waiting, started = self.problem.running, self.problem.waiting, chosen.started
+        rows, num_tokens = chosen.running, chosen.running_tokens
         preempted = indices(self.room.gives_way)
-        tiers = running.tiers[rows]
-        if not len(waiting):
-            tiers = self._promoted(rows, chosen.running_tokens)
-        num_tokens = np.concatenate([chosen.running_tokens, chosen.started_tokens])
+        slots = running.slots[rows]
+        tiers = running.tiers[rows] if len(waiting) else self._promoted(rows, num_tokens)
+        if started:
+            slots = np.concatenate([slots, waiting.slots[started]])
+            num_tokens = np.concatenate([num_tokens, np.array(chosen.started_tokens, np.int64)])
+            tiers = np.concatenate([tiers, np.array(chosen.started_tiers, np.int8)])
         num_too_late = np.count_nonzero(self.outlook.waiting_is_late)
-        num_started, num_late = len(chosen.started), np.count_nonzero(running.missed[preempted])
         return Decision(
-            slots=np.concatenate([running.slots[rows], waiting.slots[chosen.started]]),
+            slots=slots,
             num_tokens=num_tokens,
-            tiers=np.concatenate([tiers, chosen.started_tiers]),
+            tiers=tiers,
             preempted=running.slots[preempted],
             reason=(
-                f"{len(rows)} go on, {num_started} start "
-                f"({np.count_nonzero(chosen.started_tiers != _KV)} not in KV), "
-                f"{len(preempted)} give way ({num_late} of them late); "
-                f"{len(waiting) - num_started} wait, {num_too_late} "
-                f"waited too long to be in time; {int(num_tokens.sum())} tokens in about "
+                f"{len(rows)} go on, {len(started)} start "
+                f"({len(started) - chosen.started_tiers.count(_KV)} not in KV), "
+                f"{len(preempted)} give way "
+                f"({np.count_nonzero(running.missed[preempted])} of them late); "
+                f"{len(waiting) - len(started)} wait, {num_too_late} "
+                f"waited too long to be in time; {int(np.add.reduce(num_tokens))} tokens in about "
                 f"{self.batch.seconds:.3g} s, {self.room.num_free} units stay free"
             ),
         )

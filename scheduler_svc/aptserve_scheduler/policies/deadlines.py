@@ -101,8 +101,8 @@ def first_fits(sizes: Ints, room: int) -> Bools:
     taken = np.zeros(len(sizes), np.bool_)
     rows = indices(sizes <= room)
     while len(rows):
-        total = np.cumsum(sizes[rows])
-        num = int(np.searchsorted(total, room, side="right"))
+        total = sizes[rows].cumsum()
+        num = int(total.searchsorted(room, side="right"))
         taken[rows[:num]] = True
         room -= int(total[num - 1]) if num else 0
         rows = rows[num + 1 :]

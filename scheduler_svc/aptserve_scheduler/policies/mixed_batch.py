@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Ints, Tiers
+from aptserve_scheduler.policies.base import BatchProblem, Bools, Ints
+from aptserve_scheduler.policies.common import any_of
 from aptserve_scheduler.policies.outlook import Outlook
 
 _LEAST_CHUNK = 64
@@ -16,15 +17,15 @@ _LEAST_CHUNK = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chosen:
-    """Who is in the batch, as parallel arrays per group."""
+    """Who is in the batch: parallel arrays of the running, lists of those few who start."""
 
     running: Ints
     """Rows of ``problem.running``."""
     running_tokens: Ints
-    started: Ints
+    started: list[int]
     """Rows of ``problem.waiting``."""
-    started_tokens: Ints
-    started_tiers: Tiers
+    started_tokens: list[int]
+    started_tiers: list[int]
 
 
 class MixedBatch:
@@ -107,11 +108,11 @@ class MixedBatch:
 
     def chosen(self, gives_way: Bools) -> Chosen | None:
         """The batch without those who gave way since they were put down; ``None``: it is empty."""
-        num_decodes = sum(map(len, self._decodes))
         rows = np.concatenate([*self._decodes, np.array(self._prompts, np.int64)])
         num_tokens = np.ones(len(rows), np.int64)
-        num_tokens[num_decodes:] = self._prompt_chunks
-        if np.count_nonzero(gives_way):
+        if self._prompts:
+            num_tokens[-len(self._prompts) :] = self._prompt_chunks
+        if any_of(gives_way):
             stays = ~gives_way[rows]
             rows, num_tokens = rows[stays], num_tokens[stays]
         if not len(rows) and not self.started:
@@ -119,9 +120,9 @@ class MixedBatch:
         return Chosen(
             running=rows,
             running_tokens=num_tokens,
-            started=np.array(self.started, np.int64),
-            started_tokens=np.array(self._first_chunks, np.int64),
-            started_tiers=np.array(self._first_tiers, np.int8),
+            started=self.started,
+            started_tokens=self._first_chunks,
+            started_tiers=self._first_tiers,
         )
 
     def _affordable(self) -> int:

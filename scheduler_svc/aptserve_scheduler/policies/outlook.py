@@ -113,7 +113,7 @@ class Outlook:
     @computed_once
     def tokens_to_come(self) -> Floats:
         """[n] expected further output tokens."""
-        return self._tokens_to_come(self._problem.running, slice(None))
+        return self._tokens_to_come(self._problem.running)
 
     @property
     def pool_seconds(self) -> Floats:
@@ -128,10 +128,17 @@ class Outlook:
         num_tokens = self._problem.running.num_computed_tokens
         return prompt_seconds(self._problem.cost, np.zeros_like(num_tokens), num_tokens)
 
-    def waiting_costs(self, rows: Ints) -> Floats:
-        """[n] what it costs to serve these waiting requests, as :attr:`costs`."""
-        to_come = self._tokens_to_come(self._problem.waiting, rows)
-        return self._costs(self.first_units[rows], self.first_tiers[rows], to_come)
+    @property
+    def waiting_costs(self) -> Floats:
+        """[n] what it costs to serve each of the waiting requests, as :attr:`costs`."""
+        to_come = self._tokens_to_come(self._problem.waiting)
+        return self._costs(self.first_units, self.first_tiers, to_come) * self.waiting_weights
+
+    @computed_once
+    def waiting_weights(self) -> Floats:
+        """[n] how much costs of each count: half per priority."""
+        weights: Floats = np.exp2(-self._problem.waiting.priorities)
+        return weights
 
     @computed_once
     def costs(self) -> Floats:
@@ -149,12 +156,11 @@ class Outlook:
         costs: Floats = to_come * (num_units + 0.5 * to_come * self._units_per_token[tiers])
         return costs
 
-    def _tokens_to_come(self, candidates: Candidates, rows: Ints | slice) -> Floats:
-        num_output = candidates.num_output_tokens[rows]
-        num_prompt = candidates.num_prompt_tokens[rows]
-        most = candidates.max_num_tokens[rows] - num_prompt - num_output
+    def _tokens_to_come(self, candidates: Candidates) -> Floats:
+        num_output, num_prompt = candidates.num_output_tokens, candidates.num_prompt_tokens
+        most = candidates.max_num_tokens - num_prompt - num_output
         expected = self._history.remaining(num_output, num_prompt, most)
-        guess = candidates.expected_output_tokens[rows]
+        guess = candidates.expected_output_tokens
         if not np.count_nonzero(guess):
             return expected
         return np.where(guess > 0, np.clip(guess - num_output, 1, np.maximum(most, 1)), expected)

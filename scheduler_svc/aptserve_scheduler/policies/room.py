@@ -131,7 +131,7 @@ class Room:
     def _costliest_first(self, among: Bools) -> deque[int]:
         rows = indices(among)
         if len(rows) > 1:
-            rows = rows[np.argsort(-self._costs()[rows], kind="stable")]
+            rows = rows[(-self._costs()[rows]).argsort(kind="stable")]
         return deque(rows.tolist())
 
     def _held_by(self, rows: Iterable[int]) -> int:
