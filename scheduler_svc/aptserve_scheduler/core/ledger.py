@@ -75,10 +75,10 @@ class WorkerCount:
 
     def record(self, sequence_id: int, low: int, high: int) -> None:
         """The worker holds between ``low`` and ``high`` units for a sequence."""
-        self.forget([sequence_id])
+        low_before, high_before = self.of(sequence_id)
         self._bounds[sequence_id] = (low, high)
-        self._low += low
-        self._high += high
+        self._low += low - low_before
+        self._high += high - high_before
 
     def forget(self, sequence_ids: Iterable[int]) -> None:
         """The worker released these; ones that it never ran are ignored."""

@@ -10,7 +10,6 @@ from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     BatchProblem,
     Bools,
-    Candidates,
     Floats,
     Ints,
     Tiers,
@@ -110,10 +109,10 @@ class Outlook:
 
     # Lengths and costs
 
-    @computed_once
+    @property
     def tokens_to_come(self) -> Floats:
         """[n] expected further output tokens."""
-        return self._tokens_to_come(self._problem.running)
+        return self._everybodys_tokens_to_come[: len(self._problem.running)]
 
     @property
     def pool_seconds(self) -> Floats:
@@ -131,7 +130,7 @@ class Outlook:
     @property
     def waiting_costs(self) -> Floats:
         """[n] what it costs to serve each of the waiting requests, as :attr:`costs`."""
-        to_come = self._tokens_to_come(self._problem.waiting)
+        to_come = self._everybodys_tokens_to_come[len(self._problem.running) :]
         return self._costs(self.first_units, self.first_tiers, to_come) * self.waiting_weights
 
     @computed_once
@@ -156,11 +155,16 @@ class Outlook:
         costs: Floats = to_come * (num_units + 0.5 * to_come * self._units_per_token[tiers])
         return costs
 
-    def _tokens_to_come(self, candidates: Candidates) -> Floats:
-        num_output, num_prompt = candidates.num_output_tokens, candidates.num_prompt_tokens
-        most = candidates.max_num_tokens - num_prompt - num_output
+    @computed_once
+    def _everybodys_tokens_to_come(self) -> Floats:
+        """[n] of the running, then of the waiting. Who asks for one mostly asks for the other, and
+        asking history twice takes nearly twice as long."""
+        groups = self._problem.running, self._problem.waiting
+        num_output = np.concatenate([group.num_output_tokens for group in groups])
+        num_prompt = np.concatenate([group.num_prompt_tokens for group in groups])
+        most = np.concatenate([group.max_num_tokens for group in groups]) - num_prompt - num_output
         expected = self._history.remaining(num_output, num_prompt, most)
-        guess = candidates.expected_output_tokens
+        guess = np.concatenate([group.expected_output_tokens for group in groups])
         if not np.count_nonzero(guess):
             return expected
         return np.where(guess > 0, np.clip(guess - num_output, 1, np.maximum(most, 1)), expected)
@@ -186,7 +190,7 @@ class Outlook:
         in a step is worth, or when KV could not hold the request to its end.
         """
         problem, waiting, rates = self._problem, self._problem.waiting, self.rates
-        tiers = np.full(len(waiting), rates.kv.tier, np.int8)
+        tiers = np.full(len(waiting), int(rates.kv.tier), np.int8)
         if rates.compact is rates.kv:
             return tiers
         is_compact = ~problem.fits_pool(waiting, rates.kv)

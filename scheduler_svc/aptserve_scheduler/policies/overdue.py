@@ -36,18 +36,19 @@ def overdue_line(
     over_waiting = indices(_is_overdue(waiting, outlook.waiting_is_late, patience_seconds))
     if not len(over_running) + len(over_waiting):
         return []
-    is_stuck = ~running.schedulable
-    held_units = int(np.add.reduce(running.num_units[is_stuck]))
-    units_left = min(lane_share * problem.num_units, problem.num_units - held_units)
-    seats_left = problem.max_num_seqs - np.count_nonzero(is_stuck)
-    line: list[InLine] = []
-    for overdue in _in_order(problem, over_running, over_waiting):
-        # Everybody needs a unit at least. Most of the time the first needs all there are.
-        if line and (units_left < 1 or seats_left < 1):
-            break
-        units_left -= _units_of(overdue, problem, outlook)
-        seats_left -= 1
-        if line and units_left < 0:
+    in_order = _in_order(problem, over_running, over_waiting)
+    line = [next(in_order)]
+    num_units = _units_of(line[0], problem, outlook)
+    most_units = lane_share * problem.num_units
+    # The next one needs a unit at least. Most of the time the first takes all there are.
+    if num_units + 1 > most_units:
+        return line
+    stuck = indices(~running.schedulable)
+    held_units = int(np.add.reduce(running.num_units[stuck]))
+    most_units = min(most_units, problem.num_units - held_units)
+    for overdue in in_order:
+        num_units += _units_of(overdue, problem, outlook)
+        if num_units > most_units or len(line) >= problem.max_num_seqs - len(stuck):
             break
         line.append(overdue)
     return line
