@@ -42,10 +42,11 @@ def enter_decision(
     _check_shape(state, worker, decision)
     table, slots = state.table, decision.slots
     is_new = table.status[slots] == Status.WAITING
-    _check_requests(state, worker, decision, is_new)
-    _check_residents(worker, decision, is_new)
-    _check_tiers(state, worker, decision, is_new)
     starts = table.num_computed[slots]
+    promoted = ~is_new & (table.tier[slots] != decision.tiers)
+    _check_requests(state, worker, decision, is_new, starts)
+    _check_residents(worker, decision, is_new)
+    _check_tiers(state, worker, decision, promoted)
     ends = starts + decision.num_tokens
     before = table.units[slots]
     after = worker.ledger.units_for(ends, decision.tiers)
@@ -59,7 +60,6 @@ def enter_decision(
 
     for slot in decision.preempted.tolist():
         state.return_to_queue(slot)
-    promoted = ~is_new & (table.tier[slots] != decision.tiers)
     state.totals.num_promotions += int(np.count_nonzero(promoted))
     worker.ledger.take(growth)
     table.units[slots] = after
@@ -110,20 +110,24 @@ def _check_shape(state: State, worker: WorkerState, decision: Decision) -> None:
         raise PolicyError("a request is named twice")
 
 
-def _check_requests(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:
+def _check_requests(
+    state: State, worker: WorkerState, decision: Decision, is_new: Bools, starts: Ints
+) -> None:
+    """``starts`` [n]: tokens cached of each."""
     table, slots = state.table, decision.slots
-    # A request has a worker exactly while it runs there.
-    runs_here = table.worker[slots] == worker.index
     longest = table.max_total[slots]
-    may_start = is_new & (table.in_flight[slots] == 0) & (longest <= worker.max_request_tokens)
+    # A request has a worker exactly while it runs there.
+    is_candidate = table.worker[slots] == worker.index
+    if any_of(is_new):
+        fits = longest[is_new] <= worker.max_request_tokens
+        is_candidate[is_new] = fits & (table.in_flight[slots[is_new]] == 0)
     preempted_here = table.worker[decision.preempted] == worker.index
-    if not all_of(runs_here | may_start) or not all_of(preempted_here):
+    if not all_of(is_candidate) or not all_of(preempted_here):
         raise PolicyError("a request that is no candidate of this worker is named")
     length = table.num_tokens(slots)
     if any_of(length >= longest):
         raise PolicyError("a request whose end is in flight is chosen")
-    remaining = length - table.num_computed[slots]
-    if any_of((decision.num_tokens < 1) | (decision.num_tokens > remaining)):
+    if any_of((decision.num_tokens < 1) | (decision.num_tokens > length - starts)):
         raise PolicyError("a request is given no token or more than it has left")
 
 
@@ -138,12 +142,11 @@ def _check_residents(worker: WorkerState, decision: Decision, is_new: Bools) -> 
         )
 
 
-def _check_tiers(state: State, worker: WorkerState, decision: Decision, is_new: Bools) -> None:
-    held = state.table.tier[decision.slots]
-    kept = is_new | (decision.tiers == held)
-    promotion = (held == _HIDDEN) & (decision.tiers == _KV)
-    offered = worker.is_usable_tier[decision.tiers]
-    if not all_of(offered & (kept | promotion)):
+def _check_tiers(state: State, worker: WorkerState, decision: Decision, promoted: Bools) -> None:
+    """``promoted`` [n]: who runs in another tier than the one chosen."""
+    held = state.table.tier[decision.slots[promoted]]
+    can_change = (held == _HIDDEN) & (decision.tiers[promoted] == _KV)
+    if not all_of(can_change) or not all_of(worker.is_usable_tier[decision.tiers]):
         raise PolicyError("a tier is chosen that the worker lacks or the request cannot change to")
 
 

@@ -190,8 +190,8 @@ class RequestTable:
     def return_from_flight(self, slots: Ints) -> None:
         """One plan with these slots came back."""
         self.in_flight[slots] -= 1
-        over = (self.status[slots] == Status.ENDED) & (self.in_flight[slots] == 0)
-        for slot in slots[over].tolist():
+        ended = slots[self.status[slots] == Status.ENDED]
+        for slot in ended[self.in_flight[ended] == 0].tolist():
             self._free_row(slot)
 
     def request(self, slot: int) -> Request:
