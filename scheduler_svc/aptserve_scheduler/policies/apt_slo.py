@@ -219,19 +219,21 @@ class _Round:
     def decide(self) -> Decision | None:
         """The batch; see the head of this file."""
         problem, running, outlook = self.problem, self.problem.running, self.outlook
-        line = self.line
+        config, line = self.config, self.line
         in_line = np.zeros(len(running), np.bool_)
         for runs, row in line:
             if runs:
                 in_line[row] = True
+        # Nothing here may refer to self: in a cycle, the arrays of a decision would outlive it
+        # until collected, and the next ones would be made in memory that no cache holds.
         self.room = Room(
             problem,
             outlook.growth,
             late=running.missed,
-            can_pause=np.isinf(running.miss_after_seconds) & self.config.pauses,
+            can_pause=np.isinf(running.miss_after_seconds) & config.pauses,
             protected=in_line,
             costs=lambda: outlook.costs,
-            pays=lambda: outlook.pool_seconds > self.config.pause_gain * outlook.anew_seconds,
+            pays=lambda: outlook.pool_seconds > config.pause_gain * outlook.anew_seconds,
         )
         # Only beside requests whose end is in flight can the head of the line lack memory.
         if not self.room.fit_growth():
