@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,6 +63,22 @@ def play(
     workers = tuple(SimWorker(spec, HandyCost()) for spec in specs)
     config = SimConfig(policy="fcfs", workers=workers, objectives=Objectives(1.0, 1.0))
     return simulate(trace, replace(config, **changes))  # type: ignore[arg-type]
+
+
+# The solver that "optimal" asks makes cycles of its own.
+@pytest.mark.parametrize("policy", [name for name in policy_names() if name != "optimal"])
+def test_what_a_decision_was_made_of_ends_with_it(policy: str) -> None:
+    """Arrays in a cycle would live on until they are collected, and fill the processor's caches."""
+    trace = random_trace(7)
+    play(trace, policy=policy)
+    gc.collect()
+    gc.disable()
+    try:
+        play(trace, policy=policy)
+        num_unreachable = gc.collect()
+    finally:
+        gc.enable()
+    assert num_unreachable == 0
 
 
 def test_one_request_takes_its_prefill_and_its_decodes() -> None:
