@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from aptserve_scheduler.core import Tier
+from aptserve_scheduler.policies.common import all_of
 from aptserve_scheduler.sim.cost.hardware import Gpu, tile_rows
 from aptserve_scheduler.sim.cost.models import ModelShape
 from aptserve_scheduler.sim.worker import Amount, Ints, Tiers
@@ -70,16 +71,16 @@ class StepModel:
 
     def seconds(self, num_cached: Ints, num_new: Ints, tiers: Tiers) -> float:
         """Seconds of one iteration; arrays are [n], an entry per sequence."""
-        seconds = self._weights_seconds(int(num_new.sum()), len(num_new))
+        seconds = self._weights_seconds(int(np.add.reduce(num_new)), len(num_new))
         one = num_new == 1
-        many = np.flatnonzero(~one)
-        if len(many):
+        if not all_of(one):
+            many = ~one
             prefill = self._prefill_seconds(num_cached[many], num_new[many], tiers[many])
             seconds += self.model.num_layers * prefill
         for tier, decode in self._decodes:
             mask = one & (tiers == tier)
             if count := int(np.count_nonzero(mask)):
-                cached = float(num_cached[mask].sum())
+                cached = float(np.add.reduce(num_cached[mask]))
                 seconds += self.model.num_layers * decode(count, cached)
         return float(seconds)
 
@@ -132,13 +133,13 @@ class StepModel:
 
     def _prefill_seconds(self, num_cached: Ints, num_new: Ints, tiers: Tiers) -> Any:
         d, q, kv = self.model.hidden_size, self._query_width, self._kv_width
-        rows = float(num_new.sum())
-        keys = float(num_cached.sum()) + rows
+        rows = float(np.add.reduce(num_new))
+        keys = float(np.add.reduce(num_cached)) + rows
         # Row i of [0, n) of an entry sees the c cached tokens and i + 1 new ones.
-        pairs = float((num_new * (num_cached + 0.5 * (num_new + 1))).sum())
+        pairs = float(np.add.reduce(num_new * (num_cached + 0.5 * (num_new + 1))))
         numbers = 2 * q * rows + 2 * kv * keys
         seconds = self.gpu.prefill_attention_seconds(pairs, rows, numbers, q)
-        held_as_hidden = float(num_cached[tiers == _HIDDEN].sum())
+        held_as_hidden = float(np.add.reduce(num_cached[tiers == _HIDDEN]))
         if held_as_hidden:
             seconds += self.gpu.gemm_seconds(held_as_hidden, 2 * kv, d)
         return seconds
