@@ -98,8 +98,8 @@ def _is_overdue(candidates: Candidates, is_late: Bools, patience_seconds: float)
     """[n] who is late and too old, or without a token for as long although that is forgiven."""
     most_seconds = candidates.ttft_seconds + patience_seconds
     over: Bools = is_late & (candidates.age_seconds > most_seconds)
-    may_be_paused = np.isinf(candidates.miss_after_seconds)
-    if any_of(may_be_paused):
+    waits_long = candidates.pending_seconds > most_seconds
+    if any_of(waits_long):
         # It must hold until the token is there: a prompt under way could be paused again.
-        over |= may_be_paused & (candidates.pending_seconds > most_seconds)
+        over |= waits_long & np.isinf(candidates.miss_after_seconds)
     return over
