@@ -102,7 +102,8 @@ RULES = (
     *(
         Rule(
             folder=f"scheduler_svc/aptserve_scheduler/{name}/",
-            allowed=frozenset({"numpy", "aptserve_scheduler.core", "aptserve_scheduler.policies"}),
+            allowed=frozenset({"numpy"})
+            | {f"aptserve_scheduler.{part}" for part in ("arrays", "core", "policies")},
             forbidden=_IO_MODULES | _CLOCK_MODULES,
             lazy_only=frozenset({"scipy"}),
             advice="core/ and policies/ do no I/O and read no clock, so that they run live and "

@@ -8,12 +8,12 @@ from itertools import repeat
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Ints, all_of, any_of, indices
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, Ints, Status
+from aptserve_scheduler.core.table import Status
 from aptserve_scheduler.core.types import FinishReason, RequestFinished
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Policy, Service
-from aptserve_scheduler.policies.common import all_of, any_of, indices
 
 _TOKEN = (0,)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Ints, all_of, any_of
 from aptserve_scheduler.core.errors import PolicyError
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, Ints, Status
+from aptserve_scheduler.core.table import Status
 from aptserve_scheduler.core.types import (
     BatchPlan,
     NewSequence,
@@ -17,7 +18,6 @@ from aptserve_scheduler.core.types import (
 )
 from aptserve_scheduler.core.worker_state import PlanInFlight, WorkerState
 from aptserve_scheduler.policies.base import Decision
-from aptserve_scheduler.policies.common import all_of, any_of
 
 # Plain numbers, with which numpy compares several times faster than with enumeration members.
 _KV, _HIDDEN = int(Tier.KV), int(Tier.HIDDEN)

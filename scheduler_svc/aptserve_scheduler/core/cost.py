@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from aptserve_scheduler.core.table import Floats, Ints, Tiers
+from aptserve_scheduler.arrays import Floats, Ints, Tiers
 from aptserve_scheduler.core.types import CostCoefficients, Tier
 
 _NOISE = 0.1

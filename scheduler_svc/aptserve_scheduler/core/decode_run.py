@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints, Tiers
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Floats, Ints, Tiers
 from aptserve_scheduler.core.types import RequestId
 from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import BatchProblem, Decision, Horizon, Policy, Service

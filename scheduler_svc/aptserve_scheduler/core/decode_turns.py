@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints, Tiers
 from aptserve_scheduler.core.decode_run import enter_tokens
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Floats, Ints, Tiers
 from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import Members, Policy, Service
 

@@ -9,10 +9,10 @@ series. They are then as if each iteration had been planned and answered by itse
 
 from __future__ import annotations
 
+from aptserve_scheduler.arrays import Ints
 from aptserve_scheduler.core.decode_run import DecodeRun
 from aptserve_scheduler.core.decode_turns import DecodeTurns
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Ints
 from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import BatchProblem, Decision, Policy
 

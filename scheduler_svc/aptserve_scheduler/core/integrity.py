@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Ints
 from aptserve_scheduler.core.errors import IntegrityError
 from aptserve_scheduler.core.slot_queue import SlotQueue
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Ints, Status
+from aptserve_scheduler.core.table import Status
 from aptserve_scheduler.core.worker_state import WorkerState
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Ints, Tiers
 from aptserve_scheduler.core.errors import IntegrityError
-from aptserve_scheduler.core.table import Ints, Tiers
 from aptserve_scheduler.core.types import Tier, WorkerSpec
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, all_of, computed_once
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, Floats, Ints, RequestTable, Tiers
+from aptserve_scheduler.core.table import RequestTable
 from aptserve_scheduler.core.worker_state import WorkerState
 from aptserve_scheduler.policies.base import BatchProblem, Candidates
-from aptserve_scheduler.policies.common import all_of, computed_once
 
 
 def build_problem(state: State, worker: WorkerState, now: float) -> BatchProblem:

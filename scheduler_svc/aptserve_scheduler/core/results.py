@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools
 from aptserve_scheduler.core.answer import Answer, enter_answer, follow_count
 from aptserve_scheduler.core.errors import ProtocolViolation
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Bools, Status
+from aptserve_scheduler.core.table import Status
 from aptserve_scheduler.core.types import (
     Event,
     FinishReason,

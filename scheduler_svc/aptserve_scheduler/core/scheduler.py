@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints
 from aptserve_scheduler.core.answer import enter_plain_answer
 from aptserve_scheduler.core.compose import compose, enter_decision
 from aptserve_scheduler.core.decode_run import DecodeRun, enter_run
@@ -22,7 +23,6 @@ from aptserve_scheduler.core.problem import build_problem
 from aptserve_scheduler.core.results import check_unit_count, enter_result, match_result
 from aptserve_scheduler.core.snapshot import SchedulerSnapshot, take_snapshot
 from aptserve_scheduler.core.state import State
-from aptserve_scheduler.core.table import Floats, Ints
 from aptserve_scheduler.core.types import (
     BatchPlan,
     Event,

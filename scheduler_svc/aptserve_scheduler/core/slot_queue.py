@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from aptserve_scheduler.core.table import Ints
+from aptserve_scheduler.arrays import Ints
 
 
 class SlotQueue:

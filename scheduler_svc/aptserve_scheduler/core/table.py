@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers
 from aptserve_scheduler.core.types import RequestId, RequestSpec
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-Tiers = npt.NDArray[np.int8]
-"""Values of :class:`~aptserve_scheduler.core.types.Tier`; 0 where a request holds no cache."""
 
 NO_WORKER = -1
 NO_SEQUENCE = 0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers
 from aptserve_scheduler.core.cost import CostModel, features
 from aptserve_scheduler.core.ledger import UnitLedger, WorkerCount
 from aptserve_scheduler.core.slot_queue import SlotQueue
-from aptserve_scheduler.core.table import Bools, Floats, Ints, Tiers
 from aptserve_scheduler.core.types import PlanId, RequestId, SequenceId, Tier, TierSpec, WorkerSpec
 
 

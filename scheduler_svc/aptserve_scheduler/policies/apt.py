@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.apt_horizon import horizon_of
 from aptserve_scheduler.policies.apt_view import (
@@ -41,21 +42,12 @@ from aptserve_scheduler.policies.apt_view import (
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     BatchProblem,
-    Bools,
     Candidates,
     Decision,
-    Floats,
     Horizon,
-    Ints,
     Policy,
-    Tiers,
 )
-from aptserve_scheduler.policies.common import (
-    Continuation,
-    continue_prefills,
-    indices,
-    make_room_for_oldest,
-)
+from aptserve_scheduler.policies.common import Continuation, continue_prefills, make_room_for_oldest
 from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack, solve
 
 Solver = Callable[[Knapsack], Ints]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers
 from aptserve_scheduler.policies.apt_view import (
     TierFigures,
     View,
@@ -26,16 +27,7 @@ from aptserve_scheduler.policies.apt_view import (
     most_decodes,
     num_hurt,
 )
-from aptserve_scheduler.policies.base import (
-    THIS_ITERATION,
-    BatchProblem,
-    Bools,
-    Decision,
-    Floats,
-    Horizon,
-    Ints,
-    Tiers,
-)
+from aptserve_scheduler.policies.base import THIS_ITERATION, BatchProblem, Decision, Horizon
 
 
 def horizon_of(problem: BatchProblem, view: View, decision: Decision) -> Horizon:

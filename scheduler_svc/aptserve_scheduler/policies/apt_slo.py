@@ -76,20 +76,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, all_of, any_of, indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     Arrival,
     BatchProblem,
-    Bools,
     Decision,
-    Floats,
     Horizon,
-    Ints,
     Policy,
-    Tiers,
 )
-from aptserve_scheduler.policies.common import all_of, any_of, indices, make_room_for_oldest
+from aptserve_scheduler.policies.common import make_room_for_oldest
 from aptserve_scheduler.policies.deadlines import first_fits, keep_most
 from aptserve_scheduler.policies.mixed_batch import Chosen, MixedBatch
 from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook, TierRates

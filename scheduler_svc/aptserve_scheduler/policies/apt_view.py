@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, indices
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Floats, Ints, Tiers
-from aptserve_scheduler.policies.common import indices
+from aptserve_scheduler.policies.base import BatchProblem
 
 HEADROOM = 0.01
 """Share of the pool that admissions and promotions leave free while requests run."""

@@ -15,15 +15,12 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers
 
 if TYPE_CHECKING:
     from aptserve_scheduler.core.types import CostCoefficients, TierSpec
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-Tiers = npt.NDArray[np.int8]
 Members = Callable[[float, Ints, Floats], Bools]
 """Who of the running decodes, from the time and of each the cached tokens and the time of the
 latest token; arrays are [n]."""

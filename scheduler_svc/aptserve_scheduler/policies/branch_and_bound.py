@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import Bools, Floats, Ints
+from aptserve_scheduler.arrays import Bools, Floats, Ints
 from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack
 from aptserve_scheduler.policies.greedy import solve as solve_greedily
 

@@ -28,17 +28,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Ints, indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     BatchProblem,
     Decision,
     Horizon,
-    Ints,
     Policy,
     decodes_all_running,
 )
-from aptserve_scheduler.policies.common import indices, make_room_for_oldest
+from aptserve_scheduler.policies.common import make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
 
 

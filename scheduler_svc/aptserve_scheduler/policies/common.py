@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Decision, Ints
-
-_Value = TypeVar("_Value")
-
-
-class computed_once(Generic[_Value]):  # noqa: N801 - a decorator
-    """A property that is computed when it is first read. :func:`functools.cached_property` takes a
-    lock until 3.12, which takes longer than gathering a column does."""
-
-    def __init__(self, compute: Callable[[Any], _Value]) -> None:
-        self.__doc__ = compute.__doc__
-        self._compute = compute
-        self._name = compute.__name__
-
-    def __get__(self, owner: Any, owner_type: type) -> _Value:
-        value = owner.__dict__[self._name] = self._compute(owner)
-        return value
-
-
-def any_of(mask: Bools) -> bool:
-    """``mask.any()``, in a fifth of the time."""
-    return bool(np.count_nonzero(mask))
-
-
-def all_of(mask: Bools) -> bool:
-    """``mask.all()``, in a fifth of the time."""
-    return bool(np.count_nonzero(mask) == mask.size)
-
-
-def indices(mask: Bools) -> Ints:
-    """Positions where a mask holds."""
-    return mask.nonzero()[0]
+from aptserve_scheduler.arrays import Ints, indices
+from aptserve_scheduler.policies.base import BatchProblem, Decision
 
 
 @dataclass(frozen=True, slots=True, eq=False)

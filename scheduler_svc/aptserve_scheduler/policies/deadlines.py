@@ -13,8 +13,7 @@ from heapq import heappop, heappush, heappushpop
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import Bools, Floats, Ints
-from aptserve_scheduler.policies.common import any_of, indices
+from aptserve_scheduler.arrays import Bools, Floats, Ints, any_of, indices
 
 
 def keep_most(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import Bools, Ints
+from aptserve_scheduler.arrays import Bools, Ints
 from aptserve_scheduler.policies.branch_and_bound import search
 from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack
 from aptserve_scheduler.policies.greedy import solve as solve_greedily

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from aptserve_scheduler.arrays import indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
@@ -23,7 +24,7 @@ from aptserve_scheduler.policies.base import (
     Policy,
     decodes_all_running,
 )
-from aptserve_scheduler.policies.common import continue_prefills, indices, make_room_for_oldest
+from aptserve_scheduler.policies.common import continue_prefills, make_room_for_oldest
 
 WATERMARK = 0.01
 """Share of the pool that admissions leave free while requests run."""

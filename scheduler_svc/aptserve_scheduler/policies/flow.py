@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints
 from aptserve_scheduler.core.types import Tier
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Floats, Ints
+from aptserve_scheduler.policies.base import BatchProblem
 from aptserve_scheduler.policies.slack import prompt_seconds
 
 NUM_SIZES = 32

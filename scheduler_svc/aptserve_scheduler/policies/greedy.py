@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import Bools, Floats, Ints
+from aptserve_scheduler.arrays import Bools, Floats, Ints
 
 NOT_CHOSEN = -1
 

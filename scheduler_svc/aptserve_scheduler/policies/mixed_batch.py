@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Ints
-from aptserve_scheduler.policies.common import any_of
+from aptserve_scheduler.arrays import Bools, Ints, any_of
+from aptserve_scheduler.policies.base import BatchProblem
 from aptserve_scheduler.policies.outlook import Outlook
 
 _LEAST_CHUNK = 64

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints, indices
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
@@ -41,14 +42,11 @@ from aptserve_scheduler.policies.base import (
     BatchProblem,
     Candidates,
     Decision,
-    Floats,
     Horizon,
-    Ints,
     Policy,
     Service,
     decodes_all_running,
 )
-from aptserve_scheduler.policies.common import indices
 from aptserve_scheduler.policies.prediction import reaching
 from aptserve_scheduler.policies.ranked import Everyone, FirstInLine, ranked_batch
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from aptserve_scheduler.arrays import Ints
 from aptserve_scheduler.policies.apt import AptPolicy
-from aptserve_scheduler.policies.base import BatchProblem, Decision, Ints
+from aptserve_scheduler.policies.base import BatchProblem, Decision
 from aptserve_scheduler.policies.branch_and_bound import load_scipy
 from aptserve_scheduler.policies.exact import ExactConfig, solve
 from aptserve_scheduler.policies.greedy import Knapsack

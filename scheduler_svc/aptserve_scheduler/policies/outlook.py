@@ -6,15 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, computed_once
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
-from aptserve_scheduler.policies.base import (
-    BatchProblem,
-    Bools,
-    Floats,
-    Ints,
-    Tiers,
-)
-from aptserve_scheduler.policies.common import computed_once
+from aptserve_scheduler.policies.base import BatchProblem
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.slack import prompt_seconds
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Candidates, Ints
-from aptserve_scheduler.policies.common import any_of, indices
+from aptserve_scheduler.arrays import Bools, Ints, any_of, indices
+from aptserve_scheduler.policies.base import BatchProblem, Candidates
 from aptserve_scheduler.policies.outlook import Outlook
 
 _ROUNDING_SECONDS = 1e-6

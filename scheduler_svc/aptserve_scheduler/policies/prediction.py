@@ -21,7 +21,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from aptserve_scheduler.policies.base import Arrival, Floats, Ints
+from aptserve_scheduler.arrays import Floats, Ints
+from aptserve_scheduler.policies.base import Arrival
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 

@@ -42,22 +42,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     Arrival,
     BatchProblem,
-    Bools,
     Candidates,
     Decision,
-    Floats,
     Horizon,
-    Ints,
     Policy,
     decodes_all_running,
 )
 from aptserve_scheduler.policies.chunked import shares
-from aptserve_scheduler.policies.common import indices, make_room_for_oldest
+from aptserve_scheduler.policies.common import make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
 from aptserve_scheduler.policies.prediction import reaching
 from aptserve_scheduler.policies.slack import Pace, prompt_seconds

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, indices
 from aptserve_scheduler.core.types import Tier
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Candidates, Decision, Floats, Ints
+from aptserve_scheduler.policies.base import BatchProblem, Candidates, Decision
 from aptserve_scheduler.policies.chunked import shares
-from aptserve_scheduler.policies.common import indices, make_room_for_oldest
+from aptserve_scheduler.policies.common import make_room_for_oldest
 from aptserve_scheduler.policies.fcfs import WATERMARK
 
 _KV = int(Tier.KV)

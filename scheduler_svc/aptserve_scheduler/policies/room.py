@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from aptserve_scheduler.policies.base import BatchProblem, Bools, Floats, Ints
-from aptserve_scheduler.policies.common import computed_once, indices
+from aptserve_scheduler.arrays import Bools, Floats, Ints, computed_once, indices
+from aptserve_scheduler.policies.base import BatchProblem
 
 
 class Room:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints
 from aptserve_scheduler.core.types import CostCoefficients, Tier
-from aptserve_scheduler.policies.base import BatchProblem, Floats, Ints
+from aptserve_scheduler.policies.base import BatchProblem
 
 
 def prompt_seconds(cost: CostCoefficients, num_computed: Ints, num_new: Ints | Floats) -> Floats:

@@ -39,6 +39,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints
 from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
@@ -46,9 +47,7 @@ from aptserve_scheduler.policies.base import (
     BatchProblem,
     Candidates,
     Decision,
-    Floats,
     Horizon,
-    Ints,
     Policy,
     decodes_all_running,
 )

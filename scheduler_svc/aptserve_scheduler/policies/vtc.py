@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Ints
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
@@ -35,7 +36,6 @@ from aptserve_scheduler.policies.base import (
     BatchProblem,
     Decision,
     Horizon,
-    Ints,
     Policy,
     Service,
     decodes_all_running,

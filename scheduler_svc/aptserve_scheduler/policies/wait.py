@@ -34,22 +34,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Bools, Floats, Ints, indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.base import (
     THIS_ITERATION,
     Arrival,
     BatchProblem,
-    Bools,
     Candidates,
     Decision,
-    Floats,
     Horizon,
-    Ints,
     Policy,
     decodes_all_running,
 )
 from aptserve_scheduler.policies.chunked import chunked_batch
-from aptserve_scheduler.policies.common import indices
 from aptserve_scheduler.policies.flow import Flow, class_of, is_unknown
 from aptserve_scheduler.policies.prediction import reaching
 

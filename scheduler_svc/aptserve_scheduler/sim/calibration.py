@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
+from aptserve_scheduler.arrays import Ints, Tiers
 from aptserve_scheduler.core import CostCoefficients, Tier, TierSpec, WorkerId, WorkerSpec
 from aptserve_scheduler.core.cost import CostModel, features
-from aptserve_scheduler.sim.worker import Amount, Ints, SimWorker, Tiers
+from aptserve_scheduler.sim.worker import Amount, SimWorker
 
 
 class CalibrationError(ValueError):

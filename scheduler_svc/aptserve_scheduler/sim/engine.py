@@ -18,6 +18,7 @@ import numpy as np
 from aptserve.evaluation import RequestRecord
 from aptserve.workload import Trace
 
+from aptserve_scheduler.arrays import Floats, Ints, Tiers
 from aptserve_scheduler.core import (
     DecodeRun,
     DecodeTurns,
@@ -36,7 +37,7 @@ from aptserve_scheduler.core import (
 )
 from aptserve_scheduler.policies import Policy, create_policy
 from aptserve_scheduler.sim.timeline import Timeline, TimelineRecorder
-from aptserve_scheduler.sim.worker import Floats, Ints, SimWorker, Tiers
+from aptserve_scheduler.sim.worker import SimWorker
 
 _NUM_SAMPLES = 400
 """Samples of the timeline over the arrivals; what comes after them adds more."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Floats, Ints
 from aptserve_scheduler.core import SchedulerSnapshot
-from aptserve_scheduler.sim.worker import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from aptserve_scheduler.arrays import Ints, Tiers
 from aptserve_scheduler.core import WorkerSpec
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Tiers = npt.NDArray[np.int8]
 Amount = Any
 """A number or an array of floats; arithmetic on a plain number is far quicker than on an array."""
 

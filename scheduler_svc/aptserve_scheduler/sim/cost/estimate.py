@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Ints, Tiers
 from aptserve_scheduler.core import CostCoefficients, Tier
 from aptserve_scheduler.core.cost import features
-from aptserve_scheduler.sim.worker import Ints, StepCost, Tiers
+from aptserve_scheduler.sim.worker import StepCost
 
 _CHUNKS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
 _CONTEXTS = (16, 128, 512, 1024, 2048)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from aptserve_scheduler.arrays import Ints, Tiers, all_of
 from aptserve_scheduler.core import Tier
-from aptserve_scheduler.policies.common import all_of
 from aptserve_scheduler.sim.cost.hardware import Gpu, tile_rows
 from aptserve_scheduler.sim.cost.models import ModelShape
-from aptserve_scheduler.sim.worker import Amount, Ints, Tiers
+from aptserve_scheduler.sim.worker import Amount
 
 HOST_SECONDS = 1.5e-3
 """Time of an iteration in which the GPU waits: reading the plan, preparing and copying inputs,
