@@ -50,8 +50,8 @@ class DecodeRun:
         left = int((table.max_total[slots] - num_cached).min()) - 1
         most = int(min(left, _MAX_STEPS, horizon.num_iterations))
         longest_seconds = math.inf
-        if horizon.while_judged_alike:
-            most = min(most, table.num_gaps_judged_alike(slots))
+        if horizon.while_late_alike:
+            most = min(most, table.num_gaps_until_live(slots))
             pending = now - table.pending_since[slots]
             longest_seconds = float((table.tbt_objective[slots] - pending).min())
             longest_seconds -= _ROUNDING_SECONDS

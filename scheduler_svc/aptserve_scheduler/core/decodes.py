@@ -9,7 +9,7 @@ series. They are then as if each iteration had been planned and answered by itse
 
 from __future__ import annotations
 
-from aptserve_scheduler.arrays import Ints
+from aptserve_scheduler.arrays import Ints, all_of
 from aptserve_scheduler.core.decode_run import DecodeRun
 from aptserve_scheduler.core.decode_turns import DecodeTurns
 from aptserve_scheduler.core.state import State
@@ -38,8 +38,12 @@ def _is_plain(state: State, worker: WorkerState, decision: Decision) -> bool:
     """Whether running requests get a token each and nothing else happens."""
     if worker.in_flight or worker.releases or len(decision.preempted):
         return False
-    as_they_are = (decision.num_tokens == 1) & (decision.tiers == state.table.tier[decision.slots])
-    return bool(as_they_are.all()) and _can_decode(state, worker, decision.slots)
+    slots, tiers = decision.slots, decision.tiers
+    return (
+        all_of(decision.num_tokens == 1)
+        and all_of(tiers == state.table.tier[slots])
+        and _can_decode(state, worker, slots)
+    )
 
 
 def _can_decode(state: State, worker: WorkerState, slots: Ints) -> bool:
@@ -48,4 +52,4 @@ def _can_decode(state: State, worker: WorkerState, slots: Ints) -> bool:
     # The last token of a chunked prompt looks like a decode, but a first token comes of it.
     can = table.has_token[slots] & (table.worker[slots] == worker.index)
     can &= table.num_known[slots] == table.num_computed[slots] + 1
-    return bool(can.all())
+    return all_of(can)

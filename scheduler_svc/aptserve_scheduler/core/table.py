@@ -225,15 +225,14 @@ class RequestTable:
         miss_after[self.missed_ttft[slots] | (num_to_spare < 0)] = -1.0
         self.miss_after[slots] = miss_after
 
-    def num_gaps_judged_alike(self, slots: Ints) -> int:
-        """Gaps within the objectives that all of these may have before a judgement changes.
+    def num_gaps_until_live(self, slots: Ints) -> int:
+        """Gaps within the objectives after which the first of the late among these is not any more.
 
-        The first that changes one is counted, as :meth:`judge` only speaks of it afterwards.
+        A late first token is not made good by anything.
         """
-        num_to_spare = self.num_gaps[slots] - 100 * self.num_slow_gaps[slots]
-        changes_in = np.where(num_to_spare < 0, -num_to_spare, 99 - num_to_spare)
-        never_changes = self.missed_ttft[slots] | (num_to_spare >= 99)
-        return int(changes_in[~never_changes].min(initial=np.iinfo(np.int64).max))
+        missing = 100 * self.num_slow_gaps[slots] - self.num_gaps[slots]
+        can_be_live = (missing > 0) & ~self.missed_ttft[slots]
+        return int(np.minimum.reduce(missing[can_be_live], initial=np.iinfo(np.int64).max))
 
     def _free_row(self, slot: int) -> None:
         self.status[slot] = Status.FREE

@@ -186,7 +186,7 @@ class AptSloPolicy(Policy):
         if num_reachable >= outlook.least_first_units:
             return THIS_ITERATION
         until = overdue_at(problem, outlook, patience_seconds=config.patience_seconds)
-        return Horizon(until=until, while_judged_alike=True)
+        return Horizon(until=until, while_late_alike=True)
 
     def arrived(self, arrival: Arrival) -> None:
         """Note the size of its prompt."""

@@ -188,8 +188,9 @@ class Horizon:
     """The one decided for and those that follow it with the same decision."""
     until: float = math.inf
     """Those that follow must be decided for before this time."""
-    while_judged_alike: bool = False
-    """Those that follow must find ``miss_after_seconds`` of all running as it is now."""
+    while_late_alike: bool = False
+    """Those that follow must find the objectives lost, ``miss_after_seconds < 0``, of the same
+    running requests as now."""
     members: Members | None = None
     """Those that follow decode whom this names, as long as it names anybody, and so did this one.
     Where it is given it stands for all of the above."""
