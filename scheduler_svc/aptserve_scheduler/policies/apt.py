@@ -33,7 +33,6 @@ from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, indices
 from aptserve_scheduler.core.types import Tier, TierSpec
 from aptserve_scheduler.policies.apt_horizon import horizon_of
 from aptserve_scheduler.policies.apt_view import (
-    TierFigures,
     View,
     has_place,
     most_decodes,
@@ -49,6 +48,7 @@ from aptserve_scheduler.policies.base import (
 )
 from aptserve_scheduler.policies.common import Continuation, continue_prefills, make_room_for_oldest
 from aptserve_scheduler.policies.greedy import NOT_CHOSEN, Knapsack, solve
+from aptserve_scheduler.policies.tier_rates import TierRates
 
 Solver = Callable[[Knapsack], Ints]
 """From a knapsack to a choice within its limits; :func:`greedy.solve` is one."""
@@ -75,7 +75,7 @@ class AptPolicy(Policy):
     def decide(self, problem: BatchProblem) -> Decision | None:
         """The preferred kind of iteration if anything can take part in it, else the other one."""
         last = self._view
-        view = View.of(problem, TierFigures.of(problem, last and last.figures))
+        view = View.of(problem, TierRates.of(problem, last and last.rates))
         self._view = view
         kinds = (_prefill, _decode) if view.prefers_prefill else (_decode, _prefill)
         for kind in kinds:
@@ -114,7 +114,7 @@ def _values(
 
 def _prefill(problem: BatchProblem, view: View, solver: Solver) -> Decision | None:
     if not view.num_under_way and not has_place(
-        problem, view.figures, problem.num_free_units - view.headroom
+        problem, view.rates, problem.num_free_units - view.headroom
     ):
         return None
     waiting, running = problem.waiting, problem.running
@@ -143,7 +143,7 @@ def _choose_waiting(
     waiting = problem.waiting
     seats = problem.max_num_seqs - len(problem.running)
     room = going_on.num_units_left - view.headroom
-    if not going_on.num_tokens_left or not has_place(problem, view.figures, room):
+    if not going_on.num_tokens_left or not has_place(problem, view.rates, room):
         return np.zeros(0, np.int64), np.zeros(0, np.int8)
     offers = _by_size(problem)
     numbers = np.array([tier.tier for tier in offers], np.int8)
@@ -151,10 +151,10 @@ def _choose_waiting(
         problem,
         np.maximum(waiting.pending_seconds, view.least_pending_seconds),
         waiting.missed,
-        view.figures.extra_seconds[numbers, None] * waiting.num_tokens,
+        view.rates.extra_seconds[numbers, None] * waiting.num_tokens,
         np.stack([problem.fits_pool(waiting, tier) for tier in offers]),
     )
-    per_block = view.figures.units_per_block[numbers]
+    per_block = view.rates.units_per_block[numbers]
     num_units = per_block[:, None] * problem.num_blocks(waiting.num_tokens + 1)
     num_tokens = np.minimum(waiting.num_tokens, problem.max_num_batched_tokens)
     needs = (num_units, np.broadcast_to(num_tokens, values.shape), _one_seat_each(values))
@@ -259,7 +259,7 @@ def _by_knapsack(problem: BatchProblem, view: View, spare: int, solver: Solver) 
         offered = np.stack([offered[0], view.may_rise])
         in_kv = problem.num_blocks(view.num_cached + 1) * kv.units_per_block
         num_units = np.stack([num_units[0], in_kv])
-    extra = view.figures.extra_seconds[tiers] * view.num_cached
+    extra = view.rates.extra_seconds[tiers] * view.num_cached
     values = _values(problem, pending, running.missed[ready], extra, offered)
 
     needs = (num_units, _one_seat_each(values), num_units - num_units[0])

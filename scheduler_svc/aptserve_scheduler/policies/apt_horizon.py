@@ -19,22 +19,23 @@ import numpy as np
 
 from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers
 from aptserve_scheduler.policies.apt_view import (
-    TierFigures,
     View,
     decode_step_seconds,
     has_place,
+    hidden_cost_seconds,
     least_headroom,
     most_decodes,
     num_hurt,
 )
 from aptserve_scheduler.policies.base import THIS_ITERATION, BatchProblem, Decision, Horizon
+from aptserve_scheduler.policies.tier_rates import TierRates
 
 
 def horizon_of(problem: BatchProblem, view: View, decision: Decision) -> Horizon:
     """The horizon of a decode of a view, without promotions; see :meth:`Policy.horizon`."""
     headroom = least_headroom(problem)
     if len(view.ready) < len(problem.running) or has_place(
-        problem, view.figures, problem.num_free_units - headroom
+        problem, view.rates, problem.num_free_units - headroom
     ):
         return THIS_ITERATION
     rising = view.rising
@@ -46,14 +47,14 @@ def horizon_of(problem: BatchProblem, view: View, decision: Decision) -> Horizon
     num_idle = len(rising.entries) - int(np.count_nonzero(rising.are_worth))
     if len(decision.slots) != len(view.ready) - num_idle:
         return THIS_ITERATION  # not all whose value is positive had room, or nobody's was
-    return Horizon(members=_Worthy(view.figures, view.tiers, rising.entries, num_hurt(problem)))
+    return Horizon(members=_Worthy(view.rates, view.tiers, rising.entries, num_hurt(problem)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Worthy:
     """Whose value is positive as he is; a :data:`Members`."""
 
-    figures: TierFigures
+    rates: TierRates
     tiers: Tiers
     """[n] of all running."""
     rising: Ints
@@ -62,8 +63,10 @@ class _Worthy:
 
     def __call__(self, now: float, num_cached: Ints, pending_since: Floats) -> Bools:
         rising = self.rising
-        step_seconds = decode_step_seconds(self.figures, self.tiers, num_cached)
+        step_seconds = decode_step_seconds(self.rates, self.tiers, num_cached)
         pending = np.maximum(now - pending_since[rising], step_seconds)
         worthy = np.ones(len(num_cached), np.bool_)
-        worthy[rising] = pending > self.figures.cost_seconds(self.num_hurt, num_cached[rising])
+        worthy[rising] = pending > hidden_cost_seconds(
+            self.rates, self.num_hurt, num_cached[rising]
+        )
         return worthy

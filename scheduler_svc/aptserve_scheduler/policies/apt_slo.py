@@ -89,10 +89,11 @@ from aptserve_scheduler.policies.base import (
 from aptserve_scheduler.policies.common import make_room_for_oldest
 from aptserve_scheduler.policies.deadlines import first_fits, keep_most
 from aptserve_scheduler.policies.mixed_batch import Chosen, MixedBatch
-from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook, TierRates
+from aptserve_scheduler.policies.outlook import LONG_SECONDS, Outlook
 from aptserve_scheduler.policies.overdue import InLine, overdue_at, overdue_line
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.room import Room
+from aptserve_scheduler.policies.tier_rates import TierRates
 
 # Plain numbers, with which numpy compares several times faster than with enumeration members.
 _KV, _HIDDEN = int(Tier.KV), int(Tier.HIDDEN)

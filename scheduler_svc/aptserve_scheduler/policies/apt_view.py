@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, indices
-from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
+from aptserve_scheduler.core.types import Tier
 from aptserve_scheduler.policies.base import BatchProblem
+from aptserve_scheduler.policies.tier_rates import NUM_TIER_NUMBERS, TierRates
 
 HEADROOM = 0.01
 """Share of the pool that admissions and promotions leave free while requests run."""
-_NUM_TIER_NUMBERS = 128
 _HIDDEN = int(Tier.HIDDEN)
 _SHORTEST_SECONDS = 1e-9
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TierFigures:
-    """A worker's tiers at an estimate of its speed; arrays by the tier's number."""
-
-    tiers: tuple[TierSpec, ...]
-    cost: CostCoefficients
-    units_per_block: Ints
-    least_units_per_block: int
-    cached_seconds: Floats
-    """Seconds per cached token."""
-    extra_seconds: Floats
-    """rho: seconds per cached token beyond KV's, never < 0."""
-
-    def cost_seconds(self, num_hurt: int, num_cached: Ints) -> Floats:
-        """U * rho * m: what hidden caches of these lengths take off the value."""
-        cost: Floats = num_hurt * (self.extra_seconds[_HIDDEN] * num_cached)
-        return cost
-
-    @classmethod
-    def of(cls, problem: BatchProblem, last: TierFigures | None = None) -> TierFigures:
-        """Those of a problem: the last ones again if they are of the same estimate."""
-        tiers, cost = problem.tiers, problem.cost
-        if last is not None and last.tiers is tiers and last.cost is cost:
-            return last
-        per_cached = cost.seconds_per_cached_token
-        units = np.zeros(_NUM_TIER_NUMBERS, np.int64)
-        cached, extra = np.zeros(_NUM_TIER_NUMBERS), np.zeros(_NUM_TIER_NUMBERS)
-        for number, seconds in per_cached.items():
-            cached[number] = seconds
-        for tier in tiers:
-            units[tier.tier] = tier.units_per_block
-            extra[tier.tier] = max(0.0, cached[tier.tier] - per_cached.get(Tier.KV, 0.0))
-        return cls(
-            tiers=tiers,
-            cost=cost,
-            units_per_block=units,
-            least_units_per_block=min(tier.units_per_block for tier in tiers),
-            cached_seconds=cached,
-            extra_seconds=extra,
-        )
 
 
 class Rising(NamedTuple):
@@ -82,7 +39,7 @@ class Rising(NamedTuple):
     def of(
         cls,
         problem: BatchProblem,
-        figures: TierFigures,
+        rates: TierRates,
         entries: Ints,
         num_cached: Ints,
         pending_seconds: Floats,
@@ -90,11 +47,11 @@ class Rising(NamedTuple):
         """The ready with these entries, at least one; their caches and p are parallel to them."""
         num_blocks = int(np.minimum.reduce(num_cached)) // problem.block_size + 1
         in_kv = problem.tiers[0].units_per_block
-        more_per_block = in_kv - int(figures.units_per_block[_HIDDEN])
+        more_per_block = in_kv - int(rates.units_per_block[_HIDDEN])
         return cls(
             entries=entries,
             pending_seconds=pending_seconds,
-            cost_seconds=figures.cost_seconds(num_hurt(problem), num_cached),
+            cost_seconds=hidden_cost_seconds(rates, num_hurt(problem), num_cached),
             least_more_units=num_blocks * more_per_block,
         )
 
@@ -102,7 +59,7 @@ class Rising(NamedTuple):
 class View(NamedTuple):
     """Figures that both kinds of iteration need; the arrays are of the ready and parallel."""
 
-    figures: TierFigures
+    rates: TierRates
     ready: Ints
     """Rows of ``running`` that a decode can take."""
     tiers: Tiers
@@ -146,7 +103,7 @@ class View(NamedTuple):
         )
 
     @classmethod
-    def of(cls, problem: BatchProblem, figures: TierFigures) -> View:
+    def of(cls, problem: BatchProblem, rates: TierRates) -> View:
         """The view of a problem."""
         waiting, running = problem.waiting, problem.running
         one_left = running.num_remaining_tokens == 1
@@ -164,15 +121,15 @@ class View(NamedTuple):
             tiers, num_cached = tiers[ready], num_cached[ready]
             num_units, pending = num_units[ready], pending[ready]
             may_rise = may_rise[ready]
-        next_units = problem.num_blocks(num_cached + 1) * figures.units_per_block[tiers]
-        step_seconds = decode_step_seconds(figures, tiers, num_cached)
+        next_units = problem.num_blocks(num_cached + 1) * rates.units_per_block[tiers]
+        step_seconds = decode_step_seconds(rates, tiers, num_cached)
         entries, rising = indices(may_rise), None
         if len(entries):
             least_pending = np.maximum(pending[entries], step_seconds)
-            rising = Rising.of(problem, figures, entries, num_cached[entries], least_pending)
+            rising = Rising.of(problem, rates, entries, num_cached[entries], least_pending)
         held_units, grown_units = int(np.add.reduce(num_units)), int(np.add.reduce(next_units))
         return cls(
-            figures=figures,
+            rates=rates,
             ready=ready,
             tiers=tiers,
             num_cached=num_cached,
@@ -192,12 +149,12 @@ class View(NamedTuple):
         )
 
 
-def decode_step_seconds(figures: TierFigures, tiers: Tiers, num_cached: Ints) -> float:
+def decode_step_seconds(rates: TierRates, tiers: Tiers, num_cached: Ints) -> float:
     """Time of a decode of requests with these caches, by the cost model; always positive."""
-    cost = figures.cost
+    cost = rates.cost
     # Tokens by tier first: a product as long as the batch goes to threads that take milliseconds.
-    tokens = np.bincount(tiers, num_cached, _NUM_TIER_NUMBERS)
-    cached = float(figures.cached_seconds @ tokens)
+    tokens = np.bincount(tiers, num_cached, NUM_TIER_NUMBERS)
+    cached = float(rates.seconds_per_cached @ tokens)
     per_sequence = cost.seconds_per_token + cost.seconds_per_sequence
     return max(cost.base_seconds + per_sequence * len(tiers) + cached, _SHORTEST_SECONDS)
 
@@ -217,9 +174,15 @@ def num_hurt(problem: BatchProblem) -> int:
     return len(problem.waiting) + len(problem.running)
 
 
-def has_place(problem: BatchProblem, figures: TierFigures, room: int) -> bool:
+def hidden_cost_seconds(rates: TierRates, num_hurt: int, num_cached: Ints) -> Floats:
+    """U * rho * m: what hidden caches of these lengths take off the value."""
+    cost: Floats = num_hurt * (rates.extra_seconds[_HIDDEN] * num_cached)
+    return cost
+
+
+def has_place(problem: BatchProblem, rates: TierRates, room: int) -> bool:
     """Whether the shortest of the waiting could start in so many units, in the smallest tier."""
-    least_units = figures.least_units_per_block
+    least_units = rates.compact.units_per_block
     if not len(problem.waiting) or len(problem.running) >= problem.max_num_seqs:
         return False
     if room < least_units:  # known without looking at the lengths, and often so in overload

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from aptserve_scheduler.arrays import Bools, Floats, Ints, Tiers, computed_once
-from aptserve_scheduler.core.types import CostCoefficients, Tier, TierSpec
 from aptserve_scheduler.policies.base import BatchProblem
 from aptserve_scheduler.policies.prediction import OutputPredictor
 from aptserve_scheduler.policies.slack import prompt_seconds
+from aptserve_scheduler.policies.tier_rates import TierRates
 
-_NUM_TIER_NUMBERS = max(Tier) + 1
 LONG_SECONDS = 60.0
 """Slack beyond this is all the same."""
 _FORECAST_SECONDS = np.array([0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
 _SOON_TOKENS = 64
 """Memory is plentiful when it lasts for so many more tokens of everybody."""
 _NO_TOKENS = np.zeros(1, np.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TierRates:
-    """What a worker's tiers take, at an estimate of its speed; arrays by the tier's number."""
-
-    tiers: tuple[TierSpec, ...]
-    cost: CostCoefficients
-    kv: TierSpec
-    compact: TierSpec
-    """The tier with the fewest units per block, which may be KV."""
-    units_per_block: Ints
-    seconds_per_cached: Floats
-    """What a cached token adds to a decode."""
-
-    @classmethod
-    def of(cls, problem: BatchProblem, last: TierRates | None = None) -> TierRates:
-        """Those of a problem: the last ones again if they are of the same estimate."""
-        tiers, cost = problem.tiers, problem.cost
-        if last is not None and last.tiers is tiers and last.cost is cost:
-            return last
-        units, seconds = np.zeros(_NUM_TIER_NUMBERS, np.int64), np.zeros(_NUM_TIER_NUMBERS)
-        for tier in tiers:
-            units[tier.tier] = tier.units_per_block
-            seconds[tier.tier] = cost.seconds_per_cached_token.get(tier.tier, 0.0)
-        return cls(
-            tiers=tiers,
-            cost=cost,
-            kv=tiers[0],
-            compact=min(tiers, key=lambda tier: tier.units_per_block),
-            units_per_block=units,
-            seconds_per_cached=seconds,
-        )
 
 
 class Outlook:
